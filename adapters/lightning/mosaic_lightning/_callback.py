@@ -1,0 +1,288 @@
+"""MosaicCallback: translates Lightning's hooks into calls of one :class:`mosaic_core.Run`.
+
+Facts about Lightning 2.5 to 2.6 that shape it: no callback hook lies between ``configure_model``
+and the wrapping of the model, none can replace a batch, and a file with weights only is saved
+without calling callbacks. So four methods are shadowed by instance attributes, and put back in
+``teardown`` and on exceptions.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from mosaic_core import Algorithm, Recipe, Run, UnsupportedError
+from mosaic_core.batch import Key
+
+from mosaic_lightning._checkpoint import write
+from mosaic_lightning._muted import muted
+from mosaic_lightning.plugin import mosaic_adapter
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as _Callback
+else:
+
+    def _roots() -> tuple[type, ...]:
+        """The Callback classes of all installed roots: a Trainer asks for its own."""
+        found = []
+        for distribution, root in (
+            ("pytorch-lightning", "pytorch_lightning"),
+            ("lightning", "lightning.pytorch"),
+        ):
+            try:
+                metadata.distribution(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+            found.append(importlib.import_module(root).Callback)
+        if not found:
+            raise ImportError("mosaic_lightning needs pytorch-lightning or lightning: pip install")
+        return tuple(found)
+
+    class _Callback(*_roots()):
+        """A callback for either root."""
+
+
+__all__ = ["MosaicCallback"]
+
+_SINGLE_OR_DDP = {"SingleDeviceStrategy", "DDPStrategy"}
+_AVERAGING = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"}
+
+
+class MosaicCallback(_Callback):
+    """Train with a recipe; the LightningModule, its data and the Trainer stay as they are.
+
+    Args:
+        recipe: Algorithms, in any order, or a recipe.
+        seed: Seed of all that the algorithms draw.
+        input_key: Where the input lies in a training batch: an index, a name, or a pair
+            ``(get(batch), set(batch, value) -> batch)``; None finds it by convention.
+        target_key: The same of the target.
+
+    Example:
+        >>> from mosaic_core.algorithms import EMA, MixUp
+        >>> callback = MosaicCallback([MixUp(alpha=0.2), EMA("100ba")])
+    """
+
+    def __init__(
+        self,
+        recipe: Iterable[Algorithm] | Recipe | None = None,
+        seed: int = 0,
+        input_key: Key | None = None,
+        target_key: Key | None = None,
+    ) -> None:
+        self.recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
+        self.seed, self.input_key, self.target_key = seed, input_key, target_key
+        self.run: Run | None = None
+        self._undo: list[Callable[[], Any]] = []
+        self._resume: dict[str, Any] | None = None
+        self._applied = self._epoch_open = False
+        self._steps = 0
+
+    # Before training.
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what would not be exact, and arrange for surgery."""
+        self._refuse(trainer, pl_module, stage)
+        configure = pl_module.configure_model
+
+        def configure_model() -> None:  # no functools.wraps: it must count as overridden
+            configure()
+            if self.run is None or self.run.model is not pl_module:
+                self.run = Run(
+                    self.recipe,
+                    model=pl_module,
+                    seed=self.seed,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                    input_key=self.input_key,
+                    target_key=self.target_key,
+                    forward=functools.partial(_forward, trainer, pl_module),
+                )
+
+        self._shadow(pl_module, "configure_model", configure_model)
+        save = pl_module.on_save_checkpoint
+
+        @functools.wraps(save)
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            save(checkpoint)
+            self.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+        self._shadow(pl_module, "on_save_checkpoint", on_save_checkpoint)
+
+    def _refuse(self, trainer: Any, module: Any, stage: str) -> None:
+        mosaic_adapter().check(self.recipe)
+        others = {
+            name: f"the callback {type(callback).__name__}"
+            for callback in trainer.callbacks
+            for name in {base.__name__ for base in type(callback).__mro__} & _AVERAGING
+        }
+        self.recipe.check({"trainer weight averaging": text for text in others.values()})
+        if sum(isinstance(callback, MosaicCallback) for callback in trainer.callbacks) > 1:
+            raise UnsupportedError(
+                "mosaic: a Trainer takes one MosaicCallback, as the order of two recipes would be"
+                " undefined; put all algorithms into one recipe"
+            )
+        strategy, launcher = trainer.strategy, trainer.strategy.launcher
+        if type(launcher).__name__ == "_MultiProcessingLauncher":
+            raise UnsupportedError(
+                "mosaic: a strategy that spawns or forks processes loses surgery and averaged"
+                ' weights when they end; use strategy="ddp"'
+            )
+        if len(self.recipe) and type(strategy).__name__ not in _SINGLE_OR_DDP:
+            raise UnsupportedError(
+                f"mosaic: {type(strategy).__name__} is not supported, because it shards parameters"
+                ' or is untried; use one device or strategy="ddp"'
+            )
+        step = inspect.signature(module.training_step).parameters
+        reads = any(a.acts_at("on_batch") or a.replays() for a in self.recipe)
+        if stage == "fit" and reads and "dataloader_iter" in step:
+            raise UnsupportedError(
+                "mosaic: training_step(dataloader_iter) fetches its own batches, which the recipe"
+                " must see; use training_step(batch, batch_idx)"
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the recipe between the transfer of a batch and the training step."""
+        owner = trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
+        transfer = owner.on_after_batch_transfer
+
+        @functools.wraps(transfer)  # Lightning still sees whether the user overrode it
+        def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+            batch = transfer(batch, dataloader_idx)
+            if not trainer.training or batch is None:
+                return batch
+            self._live.skip_batch()  # where on_train_batch_start skipped the last one
+            return self._live.on_batch(batch)
+
+        if len(self.recipe):
+            self._shadow(owner, "on_after_batch_transfer", on_after_batch_transfer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the run, or go on from a checkpoint."""
+        run, fresh = self._live, not self._live.started
+        total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+        finite = batches not in (0, float("inf"))
+        run.start(
+            trainer.optimizers,
+            total_steps=int(total) if 0 < total < float("inf") else None,
+            steps_per_epoch=-(-batches // trainer.accumulate_grad_batches) if finite else None,
+        )
+        if self._resume is not None:
+            run.load_state_dict(self._resume)
+        elif fresh:  # perhaps from a checkpoint that was written without mosaic
+            run.progress.step, run.progress.epoch = trainer.global_step, trainer.current_epoch
+        self._resume, self._steps = None, trainer.global_step
+        for optimizer in trainer.optimizers:
+            self._undo.append(optimizer.register_step_post_hook(self._on_applied).remove)
+
+    def _on_applied(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # A gradient scaler calls optimizer.step only for finite gradients, except for fused
+        # optimizers, which it tells on the device.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._applied = found_inf is None or not found_inf.item()
+
+    # Training.
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open an epoch."""
+        self._epoch_open = True
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Check that the loss computed the mixture; manual optimisation may have other losses."""
+        if pl_module.automatic_optimization:
+            self._live.check_loss()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Let the algorithms act on full, unscaled gradients; Lightning clips afterwards."""
+        self._live.on_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a step if there was one, and close the epoch before it is validated."""
+        run = self._live
+        if not pl_module.automatic_optimization:
+            run.check_loss()
+        if trainer.global_step != self._steps:
+            self._steps = trainer.global_step
+            run.end_step(self._applied)
+            self._applied = False
+            if run.metrics and trainer.global_step % trainer.log_every_n_steps == 0:
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                values = {name: float(value) for name, value in run.metrics.items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
+        if trainer.is_last_batch:
+            self._close_epoch()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close an epoch that ended early."""
+        self._close_epoch()
+
+    def _close_epoch(self) -> None:
+        if self._epoch_open:
+            self._epoch_open = False
+            self._live.end_epoch()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the averaged weights; another fit goes on from the training weights."""
+        self._live.enter_evaluation()
+
+    # Evaluation and checkpoints.
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the averaged weights in while validating inside a fit."""
+        if trainer.state.fn == "fit":
+            self._live.enter_evaluation()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put the training weights back; checkpoint callbacks come later."""
+        if trainer.state.fn == "fit":
+            self._live.leave_evaluation()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write averaged weights, and beside them what training needs."""
+        write(self._live, trainer, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the run until training starts."""
+        if trainer.state.fn == "fit":
+            self._resume = checkpoint.get("mosaic", {}).get("run")
+            self._live.reset()
+
+    # After it.
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Put back everything that was shadowed."""
+        while self._undo:
+            self._undo.pop()()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Put back everything that was shadowed, and the training weights."""
+        self.teardown(trainer, pl_module, "fit")
+        if self.run is not None:
+            self.run.leave_evaluation()
+
+    @property
+    def _live(self) -> Run:
+        if self.run is None:  # a hook came before configure_model
+            raise RuntimeError("MosaicCallback: Lightning has not set the model up yet")
+        return self.run
+
+    def _shadow(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        own = vars(owner)
+        before = own.get(name)
+        own[name] = function
+        if before is None:
+            self._undo.append(lambda: own.pop(name, None))
+        else:
+            self._undo.append(lambda: own.__setitem__(name, before))
+
+
+def _forward(trainer: Any, module: Any, batch: Any) -> None:
+    """Run the user's training step on a batch, without a trace."""
+    takes_index = len(inspect.signature(module.training_step).parameters) > 1
+    with muted(module), trainer.precision_plugin.train_step_context():
+        module.training_step(batch, *([0] if takes_index else []))

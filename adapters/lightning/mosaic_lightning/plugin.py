@@ -1,0 +1,18 @@
+"""What the adapter tells of itself; importing this imports no trainer."""
+
+from mosaic_core.adapter import Adapter
+from mosaic_core.algorithm import Need
+from mosaic_core.plugins import hookimpl
+
+
+@hookimpl
+def mosaic_adapter() -> Adapter:
+    """Return the adapter of PyTorch Lightning."""
+    return Adapter(
+        name="lightning",
+        title="Lightning",
+        delivers=frozenset(Need) - {Need.SECOND_PASS},
+        trainers=("pytorch-lightning", "lightning"),
+        trainer="mosaic_lightning._workload:train",
+        overhead="mosaic_lightning._workload:overhead",
+    )

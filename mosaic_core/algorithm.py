@@ -1,0 +1,175 @@
+"""What an algorithm is: frozen settings, the points of a run where it acts, and its card."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from mosaic_core.batch import Batch
+
+if TYPE_CHECKING:
+    from mosaic_core.run import Run
+
+__all__ = ["Algorithm", "Card", "Need", "Place"]
+
+
+class Need(StrEnum):
+    """What an algorithm needs of a trainer; an adapter declares which of these it delivers."""
+
+    SURGERY = "graph surgery"
+    OPTIMIZER = "optimizer"
+    BATCH = "batch"
+    LOSS = "loss"
+    GRADIENTS = "gradients"
+    WEIGHTS = "weights"
+    SECOND_PASS = "second pass"
+
+
+class Place(IntEnum):
+    """Where an algorithm stands in a recipe; within a place the user's order holds."""
+
+    SURGERY = 0
+    SELECTION = 10
+    AUGMENTATION = 20
+    MIXING = 30
+    SMOOTHING = 40
+    LAYOUT = 50
+    GRADIENTS = 60
+    WEIGHTS = 70
+    MEASURING = 80
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a person should know before using an algorithm; the catalogue is made of these.
+
+    Attributes:
+        category: Field of use, such as ``"vision"`` or ``"any"``.
+        summary: What it is, in one sentence.
+        effect: What it does to the run: memory, time per step, what changes in evaluation.
+        use_when: When to use it, and when not.
+        interactions: Known interactions with other algorithms and trainer features.
+        reference: Authors and year of the source.
+        url: Address of the source.
+    """
+
+    category: str
+    summary: str
+    effect: str
+    use_when: str
+    interactions: str
+    reference: str
+    url: str
+
+
+# The methods by which an algorithm acts, and what each needs of the trainer.
+_POINTS: dict[str, Need] = {
+    "prepare_model": Need.SURGERY,
+    "prepare_optimizer": Need.OPTIMIZER,
+    "on_batch": Need.BATCH,
+    "on_first_pass": Need.SECOND_PASS,
+    "on_second_pass": Need.SECOND_PASS,
+    "on_gradients": Need.GRADIENTS,
+    "on_step_end": Need.WEIGHTS,
+    "on_epoch_end": Need.WEIGHTS,
+    "evaluation_weights": Need.WEIGHTS,
+}
+
+
+class Algorithm:
+    """One training algorithm: the base of all settings classes.
+
+    A subclass is a frozen dataclass of settings, checked in ``__post_init__``. It overrides the
+    points where it acts and nothing else; what it needs of a trainer follows from that. It holds
+    no state: what changes during a run is returned by :meth:`init_state`, belongs to the run and
+    is reached by ``run.state(self)``.
+    """
+
+    card: ClassVar[Card]
+    place: ClassVar[Place]
+    changes_labels: ClassVar[bool] = False
+    """Whether it turns labels into mixtures, which the loss must compute."""
+    excludes: ClassVar[frozenset[str]] = frozenset()
+    """Names of algorithms, and of trainer features, that contradict it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Algorithm":
+        """Refuse to make the base class itself, which would be a silent no-op in a recipe."""
+        if cls is Algorithm:
+            raise TypeError("Algorithm is abstract: use one of mosaic_core.algorithms")
+        return super().__new__(cls)
+
+    @property
+    def name(self) -> str:
+        """Name in recipes, reports and logs."""
+        return type(self).__name__
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Hyper-parameters by name."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+        }
+
+    @classmethod
+    def acts_at(cls, point: str) -> bool:
+        """Tell whether it overrides a point, such as ``"on_batch"``."""
+        return getattr(cls, point) is not getattr(Algorithm, point)
+
+    @classmethod
+    def needs(cls) -> frozenset[Need]:
+        """What it needs of a trainer, derived from the points it overrides."""
+        found = {need for point, need in _POINTS.items() if cls.acts_at(point)}
+        return frozenset(found | ({Need.LOSS} if cls.changes_labels else set()))
+
+    # The points of a run, in the order in which they come.
+
+    def prepare_model(self, model: torch.nn.Module, run: "Run") -> None:
+        """Change the model in place, before the optimizer is made and the model is wrapped."""
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, run: "Run") -> None:
+        """Change the optimizer in place, once, before the first step."""
+
+    def init_state(self, run: "Run") -> Any:
+        """Return the state of one run, made when training starts."""
+
+    def on_batch(self, batch: Batch, run: "Run") -> Batch:
+        """Return the training micro-batch to use instead; it lies on the device of training."""
+        return batch
+
+    def on_first_pass(self, run: "Run") -> None:
+        """Act on the gradients of the window, which is then run forward and backward again."""
+
+    def on_second_pass(self, run: "Run") -> None:
+        """Act on the gradients of the second pass, before ``on_gradients``."""
+
+    def on_gradients(self, run: "Run") -> None:
+        """Act on the gradients of a full window, unscaled, before the trainer clips them."""
+
+    def on_step_end(self, run: "Run") -> None:
+        """Act after an optimizer step that was really applied."""
+
+    def on_epoch_end(self, run: "Run") -> None:
+        """Act after an epoch."""
+
+    def evaluation_weights(self, run: "Run") -> Mapping[str, torch.Tensor] | None:
+        """Return the parameters to evaluate and keep, by name; None for the training weights."""
+
+    def on_evaluation(self, run: "Run") -> None:
+        """Act when the evaluation weights have just been put into the model."""
+
+    # State across a checkpoint.
+
+    def state_dict(self, run: "Run") -> dict[str, Any]:
+        """Return the state to save beside the model: tensors, numbers and texts only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], run: "Run") -> None:
+        """Restore what :meth:`state_dict` returned; the model's weights are already loaded."""
+
+    def replays(self) -> int:
+        """Number of latest micro-batches the run should keep for ``run.replay()``."""
+        return 0

@@ -1,0 +1,1 @@
+"""Measuring: what a recipe costs per step and in memory."""

@@ -1,0 +1,144 @@
+"""Hook specifications, the plugin manager, and lazy lookup of what plugins bring.
+
+A plugin is one line in a distribution's metadata, in the entry point group ``mosaic``, that names
+a module with some of the hooks below. Our own algorithms and adapters come through the same door.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from mosaic_core.errors import nearest
+
+if TYPE_CHECKING:
+    from mosaic_core.adapter import Adapter
+    from mosaic_core.algorithm import Algorithm
+    from mosaic_core.workloads import Workload
+
+__all__ = ["adapters", "algorithms", "hookimpl", "installed", "manager", "recipes", "workloads"]
+
+GROUP = "mosaic"
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+class Hooks:
+    """The hooks a plugin may implement."""
+
+    @hookspec
+    def mosaic_algorithms(self) -> Sequence["type[Algorithm]"]:
+        """Return classes of algorithms."""
+
+    @hookspec
+    def mosaic_adapter(self) -> "Adapter":
+        """Return the adapter of one trainer, without importing the trainer."""
+
+    @hookspec
+    def mosaic_recipes(self) -> "Mapping[str, Sequence[Algorithm]]":
+        """Return recipes by name."""
+
+    @hookspec
+    def mosaic_workloads(self) -> "Sequence[Workload]":
+        """Return workloads: a model, real data and a budget to train with."""
+
+    @hookspec
+    def mosaic_losses(self) -> Sequence[Callable[..., Any]]:
+        """Return losses ``loss(input, target, ...)`` that torch dispatches, to register."""
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Return the entry points of all installed plugins by name; nothing is imported.
+
+    Raises:
+        LookupError: If two distributions claim one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            owners = ", ".join(sorted(e.dist.name for e in (other, entry) if e.dist))
+            raise LookupError(f"mosaic: two plugins are called {entry.name!r} ({owners})")
+    return found
+
+
+@functools.cache
+def manager() -> pluggy.PluginManager:
+    """Return the plugin manager with all installed plugins loaded.
+
+    Raises:
+        pluggy.PluginValidationError: If a plugin misspells a hook.
+    """
+    plugins = pluggy.PluginManager(GROUP)
+    plugins.add_hookspecs(Hooks)
+    for name in sorted(installed()):
+        plugins.load_setuptools_entrypoints(GROUP, name=name)
+    plugins.check_pending()
+    from mosaic_core.target import register_loss
+
+    for losses in plugins.hook.mosaic_losses():
+        for loss in losses:
+            register_loss(loss)
+    return plugins
+
+
+def algorithms() -> dict[str, "type[Algorithm]"]:
+    """Return all algorithms by name."""
+    found = [cls for classes in manager().hook.mosaic_algorithms() for cls in classes]
+    return _unique(((cls.__name__, cls) for cls in found), "algorithms")
+
+
+def adapters() -> dict[str, "Adapter"]:
+    """Return the adapters of all installed trainers by name; no trainer is imported."""
+    found = manager().hook.mosaic_adapter()
+    return _unique(((adapter.name, adapter) for adapter in found), "adapters")
+
+
+def adapter(name: str) -> "Adapter":
+    """Return one adapter.
+
+    Raises:
+        LookupError: If it is not installed.
+    """
+    known = adapters()
+    if name not in known:
+        raise LookupError(
+            f"mosaic: no adapter for trainer {name!r} is installed{nearest(name, known)}"
+        )
+    return known[name]
+
+
+def recipes() -> dict[str, "Sequence[Algorithm]"]:
+    """Return all named recipes."""
+    found = (item for named in manager().hook.mosaic_recipes() for item in named.items())
+    return _unique(found, "recipes")
+
+
+def workloads() -> dict[str, "Workload"]:
+    """Return all workloads by name."""
+    found = [w for many in manager().hook.mosaic_workloads() for w in many]
+    return _unique(((w.name, w) for w in found), "workloads")
+
+
+def workload(name: str) -> "Workload":
+    """Return one workload.
+
+    Raises:
+        LookupError: If it is unknown.
+    """
+    known = workloads()
+    if name not in known:
+        raise LookupError(f"mosaic: unknown workload {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def _unique(pairs: Any, kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in sorted(pairs, key=lambda pair: str(pair[0])):
+        if name in found:
+            raise LookupError(f"mosaic: two {kind} are called {name!r}")
+        found[name] = value
+    return found

@@ -1,0 +1,177 @@
+"""An ordered, checked composition of algorithms."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mosaic_core.algorithm import Algorithm
+from mosaic_core.errors import ConflictError, nearest
+
+__all__ = ["Recipe"]
+
+
+class Recipe:
+    """Algorithms in the order in which they act.
+
+    The order follows each algorithm's place: surgery, then the batch (selection, augmentation,
+    mixing, smoothing, memory layout), then gradients, then weights. Within a place the given order
+    holds.
+
+    Args:
+        algorithms: Algorithms in any order, or a recipe.
+
+    Raises:
+        TypeError: If something in it is not an algorithm.
+        ConflictError: If an algorithm is in it twice, or two exclude each other or would both
+            choose the weights to evaluate.
+
+    Example:
+        >>> from mosaic_core.algorithms import LabelSmoothing, MixUp
+        >>> Recipe([LabelSmoothing(), MixUp(alpha=0.4)])
+        Recipe([MixUp(alpha=0.4), LabelSmoothing(smoothing=0.1)])
+    """
+
+    def __init__(self, algorithms: "Iterable[Algorithm] | Recipe | None" = ()) -> None:
+        if isinstance(algorithms, str | Algorithm | type):
+            raise TypeError(f"Recipe: algorithms must be a list of algorithms, got {algorithms!r}")
+        given = [] if algorithms is None else list(algorithms)
+        for item in given:
+            if not isinstance(item, Algorithm):
+                made = f"; write {item.__name__}()" if isinstance(item, type) else ""
+                raise TypeError(f"Recipe: every member must be an algorithm, got {item!r}{made}")
+        self.algorithms: tuple[Algorithm, ...] = tuple(sorted(given, key=lambda a: a.place))
+        names = [a.name for a in self.algorithms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConflictError(f"Recipe: {name} is in it {names.count(name)} times; keep one")
+        self.check({name: f"{name} in the recipe" for name in names})
+        averaging = [a.name for a in self.algorithms if a.acts_at("evaluation_weights")]
+        if len(averaging) > 1:
+            raise ConflictError(
+                f"Recipe: {' and '.join(averaging)} would each choose the weights to evaluate;"
+                " keep one"
+            )
+
+    def check(self, features: Mapping[str, str]) -> None:
+        """Refuse features beside this recipe that contradict an algorithm in it.
+
+        Args:
+            features: Names an algorithm may exclude, with words for where each was found.
+
+        Raises:
+            ConflictError: If an algorithm excludes one of them.
+        """
+        for algorithm in self.algorithms:
+            for feature in sorted(algorithm.excludes & features.keys()):
+                raise ConflictError(
+                    f"Recipe: {algorithm.name} can't be combined with {features[feature]}: both"
+                    " would act on the same thing; remove one"
+                )
+
+    def explain(self) -> str:
+        """Say in which order the algorithms act, a line each with the reason."""
+        lines = [
+            f"{i}. {a.name}: {a.place.name.lower()}" for i, a in enumerate(self.algorithms, start=1)
+        ]
+        return "\n".join(lines) or "an empty recipe"
+
+    # YAML.
+
+    def to_yaml(self) -> str:
+        """Write the recipe: a list of names with their settings.
+
+        Raises:
+            TypeError: If a setting is nothing that YAML can hold, such as a function.
+        """
+        entries = [{a.name: a.settings} if a.settings else a.name for a in self.algorithms]
+        try:
+            return yaml.dump(entries, Dumper=_Dumper, sort_keys=False)
+        except yaml.representer.RepresenterError as error:
+            raise TypeError(
+                "Recipe.to_yaml: settings must be numbers, texts, booleans, None, or lists and"
+                f" mappings of them, got {error.args[-1]!r} in {self!r}"
+            ) from error
+
+    @classmethod
+    def from_yaml(cls, source: "str | Path") -> "Recipe":
+        """Read a recipe from YAML text or from a file.
+
+        Args:
+            source: A path, or the text: a list whose entries are names, or one name with settings.
+
+        Raises:
+            ValueError: If it is not such a list, or a setting is out of range.
+            TypeError: If a setting is missing or of another type.
+            LookupError: If an algorithm or a setting is unknown; the nearest name is suggested.
+
+        Example:
+            >>> Recipe.from_yaml("[MixUp: {alpha: 0.4}, LabelSmoothing]")
+            Recipe([MixUp(alpha=0.4), LabelSmoothing(smoothing=0.1)])
+        """
+        text = source.read_text() if isinstance(source, Path) else source
+        try:
+            entries = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"Recipe.from_yaml: not valid YAML: {error}") from error
+        if entries is not None and not isinstance(entries, list):
+            raise ValueError(
+                "Recipe.from_yaml: a recipe must be a list of algorithms, got"
+                f" {type(entries).__name__}: {text[:80]!r}"
+            )
+        return cls([_algorithm(entry) for entry in entries or []])
+
+    def __iter__(self) -> Iterator[Algorithm]:
+        return iter(self.algorithms)
+
+    def __len__(self) -> int:
+        return len(self.algorithms)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.algorithms == other.algorithms
+
+    def __hash__(self) -> int:
+        return hash(self.algorithms)
+
+    def __repr__(self) -> str:
+        return f"Recipe([{', '.join(map(repr, self.algorithms))}])"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes NumPy's numbers, as hyper-parameter searches yield them, as plain ones."""
+
+
+_Dumper.add_multi_representer(np.generic, lambda dumper, value: dumper.represent_data(value.item()))
+
+
+def _algorithm(entry: Any) -> Algorithm:
+    # Late, so that the plugins, which import the algorithms, may themselves use recipes.
+    from mosaic_core.plugins import algorithms
+
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ValueError(
+            f"Recipe.from_yaml: an entry must be a name, or one name with settings, got {entry!r}"
+        )
+    name, settings = next(iter(entry.items()))
+    known = algorithms()
+    if name not in known:
+        raise LookupError(f"Recipe.from_yaml: unknown algorithm {name!r}{nearest(name, known)}")
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(
+            f"Recipe.from_yaml: settings of {name} must be a mapping, got {settings!r}"
+        )
+    settings = settings or {}
+    fields = known[name].__dataclass_fields__  # type: ignore[attr-defined]  # a dataclass
+    for key in settings:
+        if key not in fields:
+            raise LookupError(
+                f"Recipe.from_yaml: {name} has no setting {key!r}{nearest(key, fields)}"
+            )
+    try:
+        return known[name](**settings)
+    except TypeError as error:  # one is missing, or of another type
+        raise TypeError(f"Recipe.from_yaml: {name} with settings {settings!r}: {error}") from error

@@ -1,0 +1,225 @@
+"""The two carriers that bring a mixture of labels to the user's own loss.
+
+Where the loss is out of reach, the target itself carries the mixture: :class:`MixedTarget` is the
+plain label for everything but losses. Where a trainer holds the loss, :class:`LossProxy` stands in
+for it. Both leave the user's loss, metrics and model as they are.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaic_core.errors import LossError, UnsupportedError
+from mosaic_core.mixture import Mixture, is_known_loss, known_losses, register_loss_function
+
+__all__ = ["LossProxy", "MixedTarget", "register_loss", "unconsumed"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# Operations that reshape, index, convert or move labels: the mixture goes along.
+_CARRIED = frozenset(
+    {
+        *(Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze),
+        *(Tensor.ravel, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.select),
+        *(Tensor.permute, Tensor.transpose, Tensor.movedim, Tensor.expand, Tensor.narrow),
+        *(Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.pin_memory),
+        *(Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type, Tensor.type_as),
+        *(Tensor.long, Tensor.int, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+        *(Tensor.__getitem__, Tensor.index_select, Tensor.masked_select),
+        *(Tensor.chunk, Tensor.split, Tensor.unbind),
+        *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.permute),
+        *(torch.transpose, torch.movedim, torch.narrow, torch.clone, torch.detach),
+        *(torch.index_select, torch.masked_select, torch.chunk, torch.split, torch.unbind),
+        F.pad,
+    }
+)
+
+# Operations that write into the labels. A write computed from one label, such as
+# ``y[y == 255] = -100``, is wrong for the labels mixed with it: the carrier becomes a plain label,
+# and a loss that is given it leaves the mixture unconsumed, which is an error.
+_IN_PLACE = frozenset(
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.startswith("_"))
+    or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))  # __iadd__ beside __add__
+    or name == "__setitem__"
+) - {Tensor.requires_grad_, Tensor.share_memory_}
+
+
+class MixedTarget(Tensor):
+    """A label that carries a mixture to the loss.
+
+    Metrics, comparisons and arithmetic see the plain label and return plain tensors; views,
+    indexing, conversions and moves keep the mixture; the losses of
+    :func:`mosaic_core.mixture.known_losses` compute it. Pickled, deep-copied or written into, it
+    is the plain label.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> mixture = Mixture.of(torch.tensor([0, 1])).smooth(0.1)
+        >>> target = MixedTarget.of(mixture)
+        >>> bool((target == torch.tensor([0, 1])).all())
+        True
+        >>> loss = F.cross_entropy(torch.zeros(2, 3), target)
+        >>> mixture.receipt.consumed
+        True
+    """
+
+    mixture: Mixture
+
+    @staticmethod
+    def of(mixture: Mixture) -> "MixedTarget":
+        """Return the carrier of a mixture; it shares the memory of the plain label."""
+        target = mixture.label.as_subclass(MixedTarget)
+        target.mixture = mixture
+        return target
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Compute losses on the mixture, carry it through views, act on the label otherwise."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if is_known_loss(func):
+                target = kwargs["target"] if "target" in kwargs else args[1]
+                if isinstance(target, MixedTarget):
+                    options = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
+                    input = kwargs["input"] if "input" in kwargs else args[0]
+                    return target.mixture.loss(func, _plain(input), args[2:], options)
+            elif func in _CARRIED and args and isinstance(args[0], MixedTarget):
+                rest, options = _plain(args[1:]), _plain(kwargs)
+                return _carry(args[0].mixture, lambda label: func(label, *rest, **options))
+            elif func in _IN_PLACE and isinstance(args[0], MixedTarget):
+                args[0].mixture = Mixture.of(args[0].mixture.label)
+            return func(*_plain(args), **_plain(kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the plain label."""
+        return self.mixture.label.__reduce_ex__(protocol)
+
+
+def _carry(mixture: Mixture, function: Callable[[Tensor], Any]) -> Any:
+    result = function(mixture.label)
+    if isinstance(result, Tensor):
+        return MixedTarget.of(mixture.map(function))
+    if isinstance(result, tuple | list):
+        parts = range(len(result))
+        return type(result)(MixedTarget.of(mixture.map(lambda t: function(t)[i])) for i in parts)
+    return result  # such as the name that Tensor.type() returns
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MixedTarget):
+        return value.mixture.label
+    if isinstance(value, tuple | list) and any(isinstance(v, MixedTarget | list) for v in value):
+        return type(value)(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def unconsumed() -> LossError:
+    """Return the error for a step whose loss did not compute the mixture."""
+    names = ", ".join(sorted(set(known_losses().values())))
+    return LossError(
+        "mosaic: the loss of this step ignored the mixed labels of the batch, so training would be"
+        " silently wrong. Labels changed after the batch was mixed, other than by indexing,"
+        f" reshaping and moving, are plain. Losses that compute a mixture: {names}, and the"
+        " torch.nn modules made of them. For another loss(input, target): decorate it with"
+        " @mosaic_core.register_loss, or"
+        " take the algorithms that need the loss out of the recipe"
+    )
+
+
+def register_loss(function: _Function) -> _Function:
+    """Make a loss ``function(input, target, ...)`` compute mixtures, once per component.
+
+    For torch's own functions the call is enough; any other function or module must be used
+    through the returned callable, so it serves as a decorator.
+
+    Example:
+        >>> @register_loss
+        ... def hinge(input, target):
+        ...     return F.multi_margin_loss(input, target)
+    """
+    register_loss_function(function)
+
+    @functools.wraps(function)
+    def loss(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(target, MixedTarget):
+            return target.mixture.loss(function, input, args, kwargs)
+        return function(input, target, *args, **kwargs)
+
+    return loss  # type: ignore[return-value]  # same signature, by construction
+
+
+class LossProxy:
+    """Stands in for a trainer's loss function and computes the mixture with it.
+
+    The user's loss is called once per component and interpolated, so any loss works; smoothing
+    sets ``label_smoothing`` of a cross entropy for the call. Attributes are those of the loss.
+
+    Args:
+        loss: The user's loss, ``loss(prediction, target, ...)``.
+        mixture: Returns the mixture of the current batch, or None for a plain one.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], mixture: Callable[[], Mixture | None]) -> None:
+        vars(self).update(_loss=loss, _mixture=mixture)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_loss", "_mixture"):  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._loss, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loss, name, value)
+
+    def __call__(self, prediction: Any, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of the current mixture."""
+        mixture = self._mixture()
+        if mixture is None or mixture.trivial:
+            return self._evaluate(0.0, prediction, target, *args, **kwargs)
+        mixture.receipt.consumed = True
+        total: Tensor | None = None
+        for label, weight in mixture.components:
+            typed = label.as_subclass(type(target))  # a trainer's own tensor type, if it has one
+            loss = self._evaluate(mixture.smoothing, prediction, typed, *args, **kwargs)
+            if weight is not None:
+                if weight.dim() and loss.shape[:1] != weight.shape:
+                    raise UnsupportedError(
+                        "LossProxy: labels mixed with a weight per example need a loss of shape"
+                        f' (N, ...), as with reduction="none", got {tuple(loss.shape)}'
+                    )
+                loss = loss * weight.reshape(weight.shape + (1,) * (loss.dim() - weight.dim()))
+            total = loss if total is None else total + loss
+        return total  # type: ignore[return-value]  # a mixture has at least one component
+
+    def _evaluate(self, smoothing: float, *args: Any, **kwargs: Any) -> Tensor:
+        if not smoothing:
+            return self._loss(*args, **kwargs)
+        if self._loss is F.cross_entropy:
+            own = kwargs.pop("label_smoothing", 0.0)
+            return self._loss(*args, label_smoothing=1 - (1 - own) * (1 - smoothing), **kwargs)
+        module = getattr(self._loss, "func", self._loss)  # wrappers keep the module they call there
+        if not isinstance(module, nn.CrossEntropyLoss):
+            raise UnsupportedError(
+                "LossProxy: label smoothing is defined for a cross entropy, the loss is"
+                f" {self._loss!r}; take LabelSmoothing out of the recipe"
+            )
+        own = module.label_smoothing
+        module.label_smoothing = 1 - (1 - own) * (1 - smoothing)
+        try:
+            return self._loss(*args, **kwargs)
+        finally:
+            module.label_smoothing = own

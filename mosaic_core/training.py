@@ -1,0 +1,236 @@
+"""What training a workload gives, and the plain loop that does it.
+
+Every adapter has a function like :func:`train` here; with the same seed all of them begin with the
+same weights and see the same data in the same order.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mosaic_core.algorithm import Algorithm
+from mosaic_core.algorithms import NoOp
+from mosaic_core.loop import train_steps
+from mosaic_core.recipe import Recipe
+from mosaic_core.run import Run
+from mosaic_core.workloads import Workload
+
+__all__ = ["Evaluation", "History", "Recorder", "Report", "Train", "Update", "overhead", "train"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        step: Optimizer steps before it.
+        epoch: Epochs before it.
+        seconds: Time spent training before it; evaluations do not count.
+        accuracy: Share of the evaluation data classified correctly, in [0, 1].
+    """
+
+    step: int
+    epoch: int
+    seconds: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training gave.
+
+    Attributes:
+        evaluations: One after each epoch.
+        ms_per_step: Median time from the end of a step to the end of the next, in milliseconds.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    ms_per_step: float
+
+    @property
+    def final_accuracy(self) -> float:
+        """Accuracy of the weights that training leaves."""
+        return self.evaluations[-1].accuracy
+
+    @property
+    def best_accuracy(self) -> float:
+        """Highest accuracy on the way."""
+        return max(evaluation.accuracy for evaluation in self.evaluations)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a training has come: after every step, and once more after every evaluation."""
+
+    step: int
+    total_steps: int
+    evaluation: Evaluation | None = None
+
+
+Report = Callable[[Update], None]
+
+
+class Train(Protocol):
+    """Trains a workload: the function that ``Adapter.trainer`` names."""
+
+    def __call__(
+        self,
+        workload: Workload,
+        recipe: Iterable[Algorithm] | Recipe,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        data_dir: Path | None = None,
+        report: Report | None = None,
+    ) -> History:
+        """Train a workload from scratch.
+
+        Args:
+            workload: What to train.
+            recipe: Algorithms, or none for the baseline.
+            seed: Seed of weights, data order and algorithms.
+            epochs: Length of the run; None takes that of the workload.
+            data_dir: Folder to look for the data first.
+            report: Called after every step and every evaluation.
+        """
+        ...
+
+
+class Recorder:
+    """Keeps the clock and the evaluations of one training; all trainers call the same methods.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        report: Called after every step and every evaluation.
+    """
+
+    def __init__(self, total_steps: int, report: Report | None = None) -> None:
+        self._total, self._report = total_steps, report
+        self._step, self._seconds = 0, 0.0
+        self._started = self._last = 0.0
+        self._intervals: list[float] = []
+        self._evaluations: list[Evaluation] = []
+
+    def start(self) -> None:
+        """Let the clock run: training begins, or goes on after an evaluation."""
+        self._started = self._last = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Count a step."""
+        now = time.perf_counter()
+        self._intervals.append(now - self._last)
+        self._last = now
+        self._step += 1
+        self._tell(None)
+
+    def pause(self) -> None:
+        """Stop the clock: an evaluation begins."""
+        if torch.cuda.is_available():  # what was asked of the device belongs to training
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._started
+
+    def evaluated(self, epoch: int, accuracy: float) -> None:
+        """Note an evaluation and let the clock run on.
+
+        Args:
+            epoch: Epochs completed.
+            accuracy: Share classified correctly, in [0, 1].
+        """
+        self._evaluations.append(Evaluation(self._step, epoch, self._seconds, accuracy))
+        self._tell(self._evaluations[-1])
+        self.start()
+
+    def history(self) -> History:
+        """Return what was recorded."""
+        return History(tuple(self._evaluations), 1e3 * statistics.median(self._intervals))
+
+    def _tell(self, evaluation: Evaluation | None) -> None:
+        if self._report is not None:
+            self._report(Update(self._step, self._total, evaluation))
+
+
+def train(
+    workload: Workload,
+    recipe: Iterable[Algorithm] | Recipe,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    data_dir: Path | None = None,
+    report: Report | None = None,
+) -> History:
+    """Train a workload with the plain PyTorch loop; see :class:`Train`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader, evaluation_loader = workload.loaders(workload.load(data_dir), seed)
+    epochs = workload.epochs if epochs is None else epochs
+    steps = len(loader)
+    model = workload.new_model(seed)
+    run = Run(recipe, model=model, seed=seed)
+    model.to(device)
+    optimizer, scheduler = workload.optimizer(model, epochs * steps)
+    run.start([optimizer], total_steps=epochs * steps, steps_per_epoch=steps)
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return workload.loss(model(batch[0]), batch[1])
+
+    def batches() -> Iterator[list[Tensor]]:
+        for batch in loader:
+            yield [tensor.to(device, non_blocking=True) for tensor in batch]
+            recorder.end_step()  # the loop asks for the next batch when it has taken the step
+
+    recorder = Recorder(epochs * steps, report)
+    recorder.start()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        train_steps(run, batches(), loss, scheduler=scheduler)
+        run.end_epoch()
+        recorder.pause()
+        with run.evaluation():
+            recorder.evaluated(epoch, _accuracy(model, evaluation_loader, device))
+    return recorder.history()
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device) -> float:
+    model.eval()
+    right = count = 0
+    for input, target in loader:
+        right += int((model(input.to(device)).argmax(1) == target.to(device)).sum())
+        count += len(target)
+    return right / count
+
+
+def overhead(arm: str, steps: int) -> list[float]:
+    """Time steps of a tiny model in the plain loop; see :mod:`mosaic_core.bench.overhead`.
+
+    Args:
+        arm: ``"empty callback"`` is the loop without mosaic.
+        steps: Number of steps.
+
+    Returns:
+        Seconds of each step.
+    """
+    model = nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = [NoOp()] if arm == "NoOp" else []
+    run = None if arm == "empty callback" else Run(recipe, model=model, optimizer=optimizer)
+    batch = (torch.ones(4, 8), torch.zeros(4, dtype=torch.int64))
+    seconds, last = [], time.perf_counter()
+    for _ in range(steps):
+        x, y = batch if run is None else run.on_batch(*batch)
+        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        if run is None:
+            optimizer.step()
+        else:
+            run.step()
+        optimizer.zero_grad()
+        now = time.perf_counter()
+        seconds.append(now - last)
+        last = now
+    return seconds
