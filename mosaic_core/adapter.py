@@ -17,7 +17,7 @@ class Adapter:
     """One trainer's adapter, as its plugin describes it.
 
     Attributes:
-        name: Name on the command line, such as ``"lightning"``.
+        name: Name on the command line, one word in lower case.
         title: Name in tables.
         delivers: What it gives algorithms.
         trainers: Distributions of which at least one is needed.
@@ -49,8 +49,8 @@ class Adapter:
             if missing:
                 raise UnsupportedError(
                     f"mosaic: {algorithm.name} needs {' and '.join(missing)}, which the adapter for"
-                    f" {self.title} does not deliver; take it out of the recipe, or use a plain loop"
-                    " with mosaic_core.Run"
+                    f" {self.title} does not deliver; take it out of the recipe, or use a plain"
+                    " loop with mosaic_core.Run"
                 )
 
     def load(self, what: str) -> Callable[..., Any]:

@@ -183,12 +183,13 @@ def _get(batch: Any, key: Key) -> Any:
 def _set(batch: Any, key: Key, value: Any) -> Any:
     if isinstance(key, tuple):
         return key[1](batch, value)
-    if isinstance(batch, tuple):
-        if hasattr(batch, "_fields"):
-            name = key if isinstance(key, str) else batch._fields[key]
-            return batch._replace(**{name: value})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        named: Any = batch
+        name = key if isinstance(key, str) else named._fields[key]
+        return named._replace(**{name: value})
+    if isinstance(batch, tuple) and isinstance(key, int):
         items = list(batch)
-        items[key] = value  # type: ignore[call-overload]  # a str key was refused on reading
+        items[key] = value
         return type(batch)(items)
     if isinstance(batch, Mapping) and not _copies_entries(batch):
         return type(batch)({**batch, key: value})  # type: ignore[call-arg]  # Mapping has no __init__

@@ -6,9 +6,10 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mosaic_core import plugins
 from mosaic_core.algorithm import Algorithm
@@ -26,6 +27,7 @@ __all__ = [
     "matrix_markdown",
     "settings",
     "table",
+    "verdict",
     "write_readme",
 ]
 
@@ -155,10 +157,16 @@ def _current(path: Path, text: str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """One hyper-parameter: its name, its default as Python writes it (or nothing), its meaning."""
+    """One hyper-parameter.
+
+    Attributes:
+        name: Its name.
+        default: Its default as Python writes it, or None where it has none.
+        meaning: What the docstring says of it.
+    """
 
     name: str
-    default: str
+    default: str | None
     meaning: str
 
 
@@ -166,13 +174,17 @@ def settings(cls: type[Algorithm]) -> list[Setting]:
     """Return the settings of an algorithm, with what the docstring of its class says of them."""
     meanings = _arguments(inspect.getdoc(cls) or "")
     return [
-        Setting(
-            name=field.name,
-            default="" if field.default is dataclasses.MISSING else repr(field.default),
-            meaning=meanings.get(field.name, ""),
-        )
+        Setting(field.name, _default(field), meanings.get(field.name, ""))
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # subclasses are dataclasses
     ]
+
+
+def _default(field: "dataclasses.Field[Any]") -> str | None:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return None
 
 
 def _arguments(docstring: str) -> dict[str, str]:
@@ -186,14 +198,25 @@ def _arguments(docstring: str) -> dict[str, str]:
 
 
 def functions(cls: type[Algorithm]) -> list[str]:
-    """Return the names of the pure functions beneath an algorithm: those its module offers."""
+    """Return the pure functions beneath an algorithm, those its module offers, as they are called.
+
+    Example:
+        >>> from mosaic_core.algorithms import LabelSmoothing
+        >>> functions(LabelSmoothing)
+        ['smooth_labels(logits, target, smoothing=0.1)']
+    """
     module = sys.modules[cls.__module__]
-    offered = getattr(module, "__all__", ())
-    return [name for name in offered if isinstance(getattr(module, name), types.FunctionType)]
+    offered = [getattr(module, name) for name in getattr(module, "__all__", ())]
+    return [f"{f.__name__}({_call(f)})" for f in offered if isinstance(f, types.FunctionType)]
+
+
+def _call(function: Callable[..., Any]) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(str(p.replace(annotation=p.empty)).replace(" = ", "=") for p in parameters)
 
 
 def card(name: str, width: int = 88) -> str:
-    """Return all that is known of an algorithm, as text.
+    """Return all that is known of an algorithm, as text: titles, and indented paragraphs.
 
     Args:
         name: Name of the algorithm.
@@ -206,36 +229,42 @@ def card(name: str, width: int = 88) -> str:
     if name not in known:
         raise LookupError(f"mosaic: unknown algorithm {name!r}{nearest(name, known)}")
     cls = known[name]
-    adapters = plugins.adapters().values()
-    refused = [f"{a.title} (no {', no '.join(sorted(cls.needs() - a.delivers))})"
-               for a in adapters if not a.supports(cls)]  # fmt: skip
-    module = cls.__module__.rpartition("._")[0] or cls.__module__
-    parts = {
-        "Settings": [_setting(setting, width) for setting in settings(cls)],
-        "Effect": [cls.card.effect],
-        "Use when": [cls.card.use_when],
-        "Interactions": [cls.card.interactions],
-        "Excludes": [", ".join(sorted(cls.excludes))],
-        "Needs": [", ".join(sorted(cls.needs()))],
-        "Trainers": [", ".join(sorted(a.title for a in adapters if a.supports(cls))) or "none"],
-        "Refused by": [", ".join(refused)],
-        "Functions": [", ".join(functions(cls))],
-        "Import": [f"from {module} import {name}"],
-        "Reference": [f"{cls.card.reference} {cls.card.url}".strip()],
+    trainers = matrix()[name]
+    supporting = [title for title, missing in trainers.items() if not missing]
+    refusing = [f"{title} ({verdict(missing)})" for title, missing in trainers.items() if missing]
+    home = cls.__module__.partition("._")[0]  # a private module shows in its package
+    sections = {
+        "Settings": "\n".join(_setting(setting) for setting in settings(cls)),
+        "Effect": cls.card.effect,
+        "Use when": cls.card.use_when,
+        "Interactions": cls.card.interactions,
+        "Excludes": ", ".join(sorted(cls.excludes)),
+        "Needs": ", ".join(sorted(cls.needs())),
+        "Trainers": ", ".join(supporting) or "none of those installed",
+        "Refused by": ", ".join(refusing),
+        "Import": f"from {home} import {name}",
+        "Functions": "\n".join(functions(cls)),
+        "Reference": f"{cls.card.reference} {cls.card.url}".strip(" -"),
     }
-    lines = [f"{name} ({cls.card.category})", *_wrapped(cls.card.summary, width)]
-    for title, texts in parts.items():
-        if any(texts):
-            lines += ["", title]
-            lines += [line for text in texts for line in _wrapped(text, width, "  ")]
+    lines = [f"{name} ({cls.card.category})", _wrapped(cls.card.summary, width, "  ")]
+    for title, text in sections.items():
+        if text:
+            hang = "    " if title in ("Settings", "Functions") else "  "
+            lines += ["", title, *(_wrapped(line, width, hang) for line in text.splitlines())]
     return "\n".join(lines)
 
 
-def _setting(setting: Setting, width: int) -> str:
-    return f"{setting.name} = {setting.default}" if setting.default else setting.name
+def _setting(setting: Setting) -> str:
+    default = " (required)" if setting.default is None else f" = {setting.default}"
+    return f"{setting.name}{default}: {setting.meaning}".replace("``", "")
 
 
-def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+def _wrapped(text: str, width: int, hang: str) -> str:
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent="  ",
+        subsequent_indent=hang,
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -1,4 +1,7 @@
-"""The errors and warnings that are mosaic's own; bad arguments raise ValueError, TypeError or LookupError."""
+"""The errors and warnings that are mosaic's own.
+
+Bad arguments raise ValueError, TypeError or LookupError.
+"""
 
 import difflib
 from collections.abc import Iterable

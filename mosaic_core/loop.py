@@ -24,6 +24,7 @@ def train_steps(
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     average_gradients: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Train on batches, one optimizer step for every full window of them.
@@ -36,6 +37,8 @@ def train_steps(
         autocast: Computation dtype of forward, None for that of the weights.
         clip_norm: Largest norm of all gradients together, applied after the algorithms.
         scheduler: Learning-rate schedule, stepped once a window.
+        scaler: Scales the loss where gradients would underflow, as with float16; it may skip
+            steps.
         average_gradients: Averages the gradients over ranks, once a window.
 
     Raises:
@@ -47,10 +50,9 @@ def train_steps(
         # Without the cache the two passes of a window round alike.
         with torch.autocast(device.type, autocast, enabled=bool(autocast), cache_enabled=False):
             value = loss(model, batch) / accumulate
-        value.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        (value if scaler is None else scaler.scale(value)).backward()
 
-    def run_window() -> None:
-        _zero_grad(run.optimizers)
+    def run_window() -> None:  # again, after the run has dropped the gradients
         for batch in window:
             backward(batch)
         if average_gradients is not None:
@@ -67,15 +69,24 @@ def train_steps(
             continue
         if average_gradients is not None:
             average_gradients(model)
-        run.second_pass(run_window)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        run.second_pass(run_window, scale)
+        if scaler is not None:
+            for optimizer in run.optimizers:
+                scaler.unscale_(optimizer)
         run.on_gradients()
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         for optimizer in run.optimizers:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
         if scheduler is not None:
             scheduler.step()
-        run.end_step()
+        run.end_step(applied=scaler is None or scaler.get_scale() >= scale)
         window.clear()
     if window:
         run.progress.micro_batch = 0

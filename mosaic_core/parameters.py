@@ -26,8 +26,9 @@ class Fragment:
         shape: Shape of the whole parameter.
         start: First element owned.
         numel: Number of elements owned.
-        master: The weights the optimizer updates, to change under ``no_grad``. A parameter that is owned whole keeps its
-            shape, a slice has shape ``(numel,)``; gradients have the same shape.
+        master: The weights the optimizer updates, to change under ``no_grad``. A parameter that
+            is owned whole keeps its shape, a slice has shape ``(numel,)``; gradients have the same
+            shape.
     """
 
     name: str

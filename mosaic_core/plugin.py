@@ -10,6 +10,8 @@ from mosaic_core.plugins import hookimpl
 if TYPE_CHECKING:
     from mosaic_core.workloads import Workload
 
+__all__ = ["mosaic_algorithms", "mosaic_recipes", "mosaic_workloads"]
+
 
 @hookimpl
 def mosaic_algorithms() -> Sequence[type[Algorithm]]:

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
     from mosaic_core.algorithm import Algorithm
     from mosaic_core.workloads import Workload
 
-__all__ = ["adapters", "algorithms", "hookimpl", "installed", "manager", "recipes", "workloads"]
+__all__ = [
+    "GROUP",
+    "Hooks",
+    "adapter",
+    "adapters",
+    "algorithms",
+    "hookimpl",
+    "hookspec",
+    "installed",
+    "manager",
+    "recipes",
+    "workload",
+    "workloads",
+]
 
 GROUP = "mosaic"
 
@@ -70,12 +83,28 @@ def manager() -> pluggy.PluginManager:
     """Return the plugin manager with all installed plugins loaded.
 
     Raises:
-        pluggy.PluginValidationError: If a plugin misspells a hook.
+        ImportError: If a plugin can't be imported.
+        LookupError: If a plugin implements no hook.
+        pluggy.PluginValidationError: If a plugin misspells a hook or its arguments.
     """
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(Hooks)
-    for name in sorted(installed()):
-        plugins.load_setuptools_entrypoints(GROUP, name=name)
+    for name, entry in sorted(installed().items()):
+        owner = entry.dist.name if entry.dist else entry.value
+        try:
+            plugins.load_setuptools_entrypoints(GROUP, name=name)
+        except pluggy.PluginValidationError:
+            raise
+        except Exception as error:
+            raise ImportError(
+                f"mosaic: plugin {name!r} of {owner} could not be loaded: {error!r}; update or"
+                " uninstall it"
+            ) from error
+        if not plugins.get_hookcallers(plugins.get_plugin(name)):
+            raise LookupError(
+                f"mosaic: plugin {name!r} of {owner} implements no hook; decorate its functions"
+                " with @mosaic_core.plugins.hookimpl"
+            )
     plugins.check_pending()
     from mosaic_core.target import register_loss
 

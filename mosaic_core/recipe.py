@@ -143,7 +143,10 @@ class _Dumper(yaml.SafeDumper):
     """Writes NumPy's numbers, as hyper-parameter searches yield them, as plain ones."""
 
 
-_Dumper.add_multi_representer(np.generic, lambda dumper, value: dumper.represent_data(value.item()))
+_Dumper.add_multi_representer(
+    np.generic,  # type: ignore[type-abstract]  # types-PyYAML forbids it, PyYAML does not
+    lambda dumper, value: dumper.represent_data(value.item()),
+)
 
 
 def _algorithm(entry: Any) -> Algorithm:

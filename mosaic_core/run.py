@@ -339,11 +339,13 @@ class Run:
             optimizer.step()
         self.end_step()
 
-    def second_pass(self, closure: Callable[[], Any] | None) -> None:
+    def second_pass(self, closure: Callable[[], Any] | None, scale: float = 1.0) -> None:
         """Let two-pass algorithms act on the gradients and run the window again.
 
         Args:
             closure: Runs forward and backward again on the same transformed micro-batches.
+            scale: Factor a gradient scaler put on the loss; the algorithms see gradients without
+                it, and those of the second pass still have it.
         """
         if not self._two_pass:
             return
@@ -352,6 +354,11 @@ class Run:
                 f"Run.step: {self._two_pass[0].name} runs forward and backward twice; give"
                 " run.step(closure) a function that does it for the same batches"
             )
+        if scale != 1:
+            for fragment in self.parameters.fragments():
+                grad = self.parameters.grad(fragment)
+                if grad is not None:
+                    self.parameters.set_grad(fragment, grad / scale)
         for algorithm in self._two_pass:
             algorithm.on_first_pass(self)
         self.parameters.drop_grads()
@@ -434,8 +441,8 @@ class Run:
         """
         if state.get("version") != _VERSION:
             raise UnsupportedError(
-                f"Run: unknown checkpoint version {state.get('version')}, this is version {_VERSION};"
-                " to begin a new run, load the model's weights only"
+                f"Run: unknown checkpoint version {state.get('version')}, this is {_VERSION}; to"
+                " begin a new run, load the model's weights only"
             )
         if state["recipe"] != self._recipe_text or state["seed"] != self.seed:
             raise UnsupportedError(

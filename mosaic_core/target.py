@@ -113,9 +113,13 @@ def _carry(mixture: Mixture, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(result, Tensor):
         return MixedTarget.of(mixture.map(function))
     if isinstance(result, tuple | list):
-        parts = range(len(result))
-        return type(result)(MixedTarget.of(mixture.map(lambda t: function(t)[i])) for i in parts)
+        parts = (mixture.map(_part(function, i)) for i in range(len(result)))
+        return type(result)(map(MixedTarget.of, parts))
     return result  # such as the name that Tensor.type() returns
+
+
+def _part(function: Callable[[Tensor], Any], i: int) -> Callable[[Tensor], Any]:
+    return lambda label: function(label)[i]
 
 
 def _plain(value: Any) -> Any:
@@ -206,20 +210,21 @@ class LossProxy:
         return total  # type: ignore[return-value]  # a mixture has at least one component
 
     def _evaluate(self, smoothing: float, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Callable[..., Tensor] = self._loss
         if not smoothing:
-            return self._loss(*args, **kwargs)
-        if self._loss is F.cross_entropy:
+            return loss(*args, **kwargs)
+        if loss is F.cross_entropy:
             own = kwargs.pop("label_smoothing", 0.0)
-            return self._loss(*args, label_smoothing=1 - (1 - own) * (1 - smoothing), **kwargs)
-        module = getattr(self._loss, "func", self._loss)  # wrappers keep the module they call there
+            return loss(*args, **kwargs, label_smoothing=1 - (1 - own) * (1 - smoothing))
+        module = getattr(loss, "func", loss)  # wrappers keep the module they call there
         if not isinstance(module, nn.CrossEntropyLoss):
             raise UnsupportedError(
                 "LossProxy: label smoothing is defined for a cross entropy, the loss is"
-                f" {self._loss!r}; take LabelSmoothing out of the recipe"
+                f" {loss!r}; take LabelSmoothing out of the recipe"
             )
         own = module.label_smoothing
         module.label_smoothing = 1 - (1 - own) * (1 - smoothing)
         try:
-            return self._loss(*args, **kwargs)
+            return loss(*args, **kwargs)
         finally:
             module.label_smoothing = own

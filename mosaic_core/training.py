@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaic_core.algorithm import Algorithm
+from mosaic_core.adapter import Adapter
+from mosaic_core.algorithm import Algorithm, Need
 from mosaic_core.algorithms import NoOp
 from mosaic_core.loop import train_steps
 from mosaic_core.recipe import Recipe
 from mosaic_core.run import Run
 from mosaic_core.workloads import Workload
 
-__all__ = ["Evaluation", "History", "Recorder", "Report", "Train", "Update", "overhead", "train"]
+__all__ = ["PLAIN", "Evaluation", "History", "Recorder", "Report", "Train", "Update", "overhead", "train"]
 
 
 @dataclass(frozen=True)
@@ -234,3 +235,14 @@ def overhead(arm: str, steps: int) -> list[float]:
         seconds.append(now - last)
         last = now
     return seconds
+
+
+PLAIN = Adapter(
+    name="torch",
+    title="plain PyTorch",
+    delivers=frozenset(Need),
+    trainers=("torch",),
+    trainer=f"{__name__}:{train.__name__}",
+    overhead=f"{__name__}:{overhead.__name__}",
+)
+"""The plain loop, described as an adapter that delivers everything."""

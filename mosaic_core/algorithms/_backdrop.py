@@ -133,7 +133,7 @@ def apply_backdrop(
     for name, module in matching(model, layers):
         if not hasattr(module, _SEED):
             # An attribute, no buffer: DDP would send rank 0's seed to all ranks.
-            module.backdrop_seed = torch.tensor(derive_seed(name))  # type: ignore[assignment]
+            module.backdrop_seed = torch.tensor(derive_seed(name))
             module.register_forward_hook(_Hook(p, mode, patch_size))
         names.append(name)
     if not names:
@@ -155,9 +155,7 @@ class _Hook:
                 "backdrop: a masked layer must return a tensor,"
                 f" {type(module).__name__} returned {type(output).__name__}; place it on another"
             )
-        return backdrop(
-            output, self.p, None, self.mode, self.patch_size, seed=module.backdrop_seed
-        )
+        return backdrop(output, self.p, None, self.mode, self.patch_size, seed=module.backdrop_seed)
 
 
 def _check(where: str, p: float, mode: str, patch_size: int) -> None:

@@ -184,7 +184,9 @@ class BlurPool(Algorithm):
         if self.min_channels < 1:
             raise ValueError(f"BlurPool: min_channels must be at least 1, got {self.min_channels}")
         if not (self.replace_convs or self.replace_maxpools):
-            raise ValueError("BlurPool: replace_convs or replace_maxpools must be true, got neither")
+            raise ValueError(
+                "BlurPool: replace_convs or replace_maxpools must be true, got neither"
+            )
 
     def prepare_model(self, model: nn.Module, run: "Run") -> None:
         """Change the layers and report which."""

@@ -62,7 +62,7 @@ class ChannelsLast(Algorithm):
         effect="Same values in another order in memory; convolutions avoid transposes. The batch is"
         " copied once where the loader yields another layout.",
         use_when="Convolutional networks, most of all in bf16 or fp16 on tensor cores, and on CPUs;"
-        " without effect on transformers.",
+        " without effect where there are no convolutions.",
         interactions="Acts after mixing and resizing, so it sees the final batch. Rounding may"
         " differ in the last bit, as the kernels do.",
         reference="PyTorch 2020",

@@ -132,7 +132,7 @@ class EMA(Algorithm):
     Args:
         half_life: Time after which a weight counts half, in ``ba``, ``ep`` or ``dur``.
         smoothing: ``s`` itself, in [0, 1), in place of ``half_life``.
-        ema_start: Time at which averaging begins.
+        ema_start: Time at which averaging begins, in ``ba``, ``ep`` or ``dur``.
         update_interval: Whole number of ``ba`` or ``ep`` between updates; None for ``"1ep"`` where
             the half-life is in ``ep``, ``"1ba"`` otherwise.
         recompute_batchnorm: Number of the latest training micro-batches that are kept and run
@@ -157,8 +157,8 @@ class EMA(Algorithm):
         effect="One more copy of the parameters and a few fused kernels a step. Evaluation,"
         " checkpoints and the weights left after training are the averaged ones; training goes on"
         " from its own.",
-        use_when="Nearly always with a learning rate that does not decay to zero; choose a half-life"
-        " well below the length of the run.",
+        use_when="Nearly always with a learning rate that does not decay to zero; choose a"
+        " half-life well below the length of the run.",
         interactions="Batch-norm statistics are those of the training weights unless"
         " recompute_batchnorm is set. Excludes other weight averaging.",
         reference="Polyak and Juditsky 1992",
@@ -169,7 +169,9 @@ class EMA(Algorithm):
         """Check the settings."""
         half_life = Duration.parse(self.half_life, "EMA: half_life")
         interval = self._interval
-        Duration.parse(self.ema_start, "EMA: ema_start")
+        begin = Duration.parse(self.ema_start, "EMA: ema_start")
+        if begin.unit not in ("ba", "ep", "dur"):  # samples are counted where batches are read
+            raise ValueError(f"EMA: ema_start must be in ba, ep or dur, got {self.ema_start}")
         if self.smoothing is not None:
             if not 0 <= self.smoothing < 1:
                 raise ValueError(f"EMA: smoothing must be in [0, 1), got {self.smoothing}")
@@ -193,7 +195,9 @@ class EMA(Algorithm):
         return Duration.parse(self.update_interval or f"1{unit}", "EMA: update_interval")
 
     def init_state(self, run: "Run") -> _State:
-        """Begin without an average."""
+        """Begin without an average; durations that this run can't tell are refused here."""
+        self._resolve(run)
+        run.progress.reached(Duration.parse(self.ema_start))
         return _State()
 
     def on_step_end(self, run: "Run") -> None:

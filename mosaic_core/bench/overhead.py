@@ -15,8 +15,8 @@ from dataclasses import dataclass
 __all__ = ["ARMS", "Arm", "measure"]
 
 ARMS = ("empty callback", "empty recipe", "NoOp")
-_BLOCK = 100  # steps; short, so that the arms of a pair see the same machine
-_WARM_UP = 20  # first steps of a block, which are not counted
+_BLOCK = 50  # steps; short, so that the arms of a pair see the same machine
+_WARM_UP = 10  # first steps of a block, which are not counted
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ import sys
 
 import pytorch_lightning as pl
 import torch
-from lightning_common import STEPS, clone, data, module_class, recipe, trainer
+from lightning_common import STEPS, TwoPass, clone, data, module_class, recipe, trainer
 from mosaic_lightning import MosaicCallback
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 BATCH = 4
+RECIPES = {"one pass": recipe(), "two passes": [*recipe(), TwoPass()]}
 
 
 def shard(rank, examples=160):
@@ -24,22 +25,25 @@ class Shards(pl.LightningDataModule):
 
 
 def main(path):
-    torch.manual_seed(0)
-    module = module_class(pl)()
-    callback = MosaicCallback(recipe(), seed=3)
-    fit = trainer(
-        pl,
-        [callback],
-        strategy="ddp",
-        devices=2,
-        max_steps=STEPS,
-        use_distributed_sampler=False,
-    )
-    fit.fit(module, datamodule=Shards())
-    averaged = clone(dict(module.named_parameters()))
-    callback.run.leave_evaluation()
-    result = {"averaged": averaged, "weights": clone(dict(module.named_parameters()))}
-    torch.save(result, f"{path}.{fit.global_rank}")
+    results = {}
+    for name, algorithms in RECIPES.items():
+        torch.manual_seed(0)
+        module, callback = module_class(pl)(), MosaicCallback(algorithms, seed=3)
+        fit = trainer(
+            pl,
+            [callback],
+            strategy="ddp",
+            devices=2,
+            max_steps=STEPS,
+            accumulate_grad_batches=2,
+            use_distributed_sampler=False,
+        )
+        fit.fit(module, datamodule=Shards())
+        averaged = clone(dict(module.named_parameters()))
+        callback.run.leave_evaluation()
+        weights = clone(dict(module.named_parameters()))
+        results[name] = {"averaged": averaged, "weights": weights}
+    torch.save(results, f"{path}.{fit.global_rank}")
 
 
 if __name__ == "__main__":

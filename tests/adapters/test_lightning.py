@@ -1,5 +1,6 @@
 """Lightning against the plain loop: the same weights, and nothing left behind."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from lightning_common import (
     STEPS,
     Batches,
+    TwoPass,
     clone,
     difference,
     loader,
@@ -20,7 +22,7 @@ from lightning_common import (
     train_plain,
     trainer,
 )
-from lightning_ddp import shard
+from lightning_ddp import RECIPES, shard
 from mosaic_core import Run
 from mosaic_core.algorithms import (
     EMA,
@@ -43,6 +45,7 @@ ALONE = [
     [EMA("10ba")],
     [EMA("10ba", recompute_batchnorm=4)],
     [NoOp()],
+    [TwoPass()],
 ]
 
 
@@ -89,20 +92,28 @@ def test_bf16_true_averages_in_float32(pl):
     assert {p.dtype for p in result.module.parameters()} == {torch.bfloat16}
 
 
-def scaled(pl, scale):
-    precision = pl.plugins.precision.MixedPrecision(
-        "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale)
+def half(pl, scale):
+    """Return the Trainer's options, and those of the plain loop, for float16 with a scaler."""
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4) for _ in range(2)]
+    plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=scalers[0])
+    lightning = {"plugins": [plugin], "precision": None}
+    return lightning, {"autocast": torch.float16, "scaler": scalers[1]}
+
+
+# torch says so where the very first step overflows, with a schedule and without mosaic alike.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("algorithms", [recipe(), [*recipe(), TwoPass()]], ids=["one", "two"])
+@pytest.mark.parametrize("scale", [2.0**8, 2.0**22], ids=["fits", "overflows"])
+def test_fp16_with_a_scaler(pl, algorithms, accumulate, scale):
+    lightning, plain = half(pl, scale)
+    result = train_lightning(
+        pl, algorithms, batch_size=4, accumulate_grad_batches=accumulate, **lightning
     )
-    return {"plugins": [precision], "precision": None}
-
-
-def test_fp16_with_a_scaler(pl):
-    algorithms = recipe()
-    lightning = train_lightning(pl, algorithms, **scaled(pl, 2.0**4))
-    plain = train_plain(pl, algorithms, autocast=torch.float16)
-    # The scale is a power of two, but small gradients that underflow without it do not with it.
-    assert difference(lightning.weights, plain.weights) < 2e-2
-    assert lightning.trainer.global_step == STEPS
+    expected = train_plain(pl, algorithms, batch_size=4, accumulate=accumulate, **plain)
+    assert_same(result, expected)
+    assert lightning["plugins"][0].scaler.get_scale() == plain["scaler"].get_scale()
+    assert result.callback.run.progress.step == STEPS
 
 
 def test_steps_that_the_scaler_skips_do_not_enter_the_average(pl):
@@ -113,12 +124,58 @@ def test_steps_that_the_scaler_skips_do_not_enter_the_average(pl):
             updates.append(run.progress.step)
             super().on_step_end(run)
 
-    result = train_lightning(pl, [Counted("10ba")], **scaled(pl, 2.0**24))
-    assert result.trainer.precision_plugin.scaler.get_scale() < 2.0**24
-    assert 0 < len(updates) < STEPS  # the first ones overflowed
-    assert updates[0] > 1
+    lightning, _ = half(pl, 2.0**22)
+    train_lightning(pl, [Counted("10ba")], **lightning)
+    assert updates[0] > 1  # the first ones overflowed
     assert updates[-1] == STEPS
-    assert result.callback.run.progress.step == STEPS
+
+
+# Two passes.
+
+
+@pytest.mark.parametrize(
+    ("lightning", "plain"),
+    [
+        ({}, {}),
+        ({"accumulate_grad_batches": 4}, {"accumulate": 4}),
+        ({"gradient_clip_val": 0.5}, {"clip_norm": 0.5}),
+        ({"precision": "bf16-mixed"}, {"autocast": torch.bfloat16}),
+    ],
+    ids=["plain", "accumulation", "clipping", "bf16"],
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_passes(pl, optimizer, lightning, plain):
+    algorithms = [*recipe(), TwoPass()]
+    options = {"batch_size": 4, "optimizer": optimizer}
+    result = train_lightning(pl, algorithms, **options, **lightning)
+    expected = train_plain(pl, algorithms, **options, **plain)
+    assert_same(result, expected)
+    counted = result.weights["net.1.num_batches_tracked"]  # batch norm moved once
+    assert counted == STEPS * plain.get("accumulate", 1)
+    once = train_plain(pl, recipe(), **options, **plain)
+    assert difference(result.weights, once.weights) > 1e-3
+
+
+def test_the_second_pass_leaves_no_trace_in_logs_and_metrics(pl):
+    import torchmetrics
+
+    class Module(module_class(pl)):
+        def __init__(self):
+            super().__init__()
+            self.count = torchmetrics.SumMetric()
+            self.logged = 0
+
+        def training_step(self, batch, batch_idx):
+            self.count.update(len(batch[0]))
+            self.log("count", self.count, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Module()
+    fit = trainer(pl, [MosaicCallback([TwoPass()])], max_epochs=1, accumulate_grad_batches=2)
+    fit.fit(module, loader())
+    assert fit.callback_metrics["count"] == 160
+    assert_nothing_shadowed(module)
+    assert "training_step" not in vars(fit.strategy)
 
 
 # Data.
@@ -457,15 +514,21 @@ def test_lightnings_own_averaging_beside_ours_is_refused(pl):
     ])
 
 
-@pytest.mark.parametrize("manual", [True, False])
-def test_two_pass_algorithms_are_refused(pl, manual):
-    class TwoPass(NoOp):
-        def on_first_pass(self, run):
-            """Perturb nothing."""
-
+def test_two_pass_algorithms_need_automatic_optimisation(pl):
     module = module_class(pl)()
-    module.automatic_optimization = not manual
-    refused(pl, "TwoPass needs second pass.*does not deliver", [MosaicCallback([TwoPass()])], module)
+    module.automatic_optimization = False
+    match = "TwoPass runs each step twice.*automatic_optimization = True"
+    refused(pl, match, [MosaicCallback([TwoPass()])], module)
+
+
+@pytest.mark.parametrize("algorithm", [NoOp(), TwoPass()], ids=lambda a: a.name)
+def test_gradients_that_only_the_optimizer_unscales_are_refused(pl, algorithm):
+    class Module(module_class(pl)):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), fused=True)
+
+    match = r"acts on gradients.*fused=False"
+    refused(pl, match, [MosaicCallback([algorithm])], Module(), **half(pl, 2.0)[0])
 
 
 @pytest.mark.slow
@@ -501,8 +564,8 @@ def test_an_unknown_strategy_is_refused(pl):
 
 
 def assert_nothing_shadowed(module):
-    own = {"configure_model", "on_save_checkpoint", "on_after_batch_transfer", "log", "log_dict"}
-    assert not own & vars(module).keys()
+    own = {"configure_model", "on_save_checkpoint", "on_after_batch_transfer", "optimizer_step"}
+    assert not (own | {"log", "log_dict"}) & vars(module).keys()
 
 
 @pytest.mark.parametrize("exception", [None, ValueError("mine"), KeyboardInterrupt()])
@@ -637,44 +700,55 @@ def test_ddp_equals_a_hand_averaged_loop(pl, tmp_path):
         check=True,
     )
     ranks = [torch.load(tmp_path / f"result.{rank}") for rank in (0, 1)]
-    for kind in ("weights", "averaged"):
-        assert difference(ranks[0][kind], ranks[1][kind]) == 0
+    for name, algorithms in RECIPES.items():
+        expected = hand_averaged(pl, algorithms)
+        for kind in ("weights", "averaged"):
+            assert difference(ranks[0][name][kind], ranks[1][name][kind]) == 0
+            assert difference(ranks[0][name][kind], expected[kind]) <= 1e-6
 
-    expected = hand_averaged(pl)
-    assert difference(ranks[0]["weights"], expected["weights"]) <= 1e-6
-    assert difference(ranks[0]["averaged"], expected["averaged"]) <= 1e-6
 
-
-def hand_averaged(pl):
+def hand_averaged(pl, algorithms, accumulate=2):
     """Train two replicas side by side and average their gradients by hand."""
     replicas = []
     for rank in (0, 1):
         torch.manual_seed(0)
         module = module_class(pl)().train()
         configured = module.configure_optimizers()
-        run = Run(
-            recipe(),
-            model=module,
-            optimizer=configured["optimizer"],
-            total_steps=STEPS,
-            seed=3,
-            rank=rank,
-            world_size=2,
-        )
-        replicas.append((run, module, configured["lr_scheduler"]["scheduler"]))
-    loaders = [list(shard(rank)) for rank in (0, 1)]
-    for step in range(STEPS):
-        for (run, module, _), batches in zip(replicas, loaders, strict=True):
+        optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        options = {"total_steps": STEPS, "seed": 3, "rank": rank, "world_size": 2}
+        run = Run(algorithms, model=module, optimizer=optimizer, **options)
+        replicas.append((run, module, optimizer, scheduler))
+    two_pass = [a for a in algorithms if isinstance(a, TwoPass)]
+    streams = [itertools.cycle(shard(rank)) for rank in (0, 1)]
+
+    def backward(windows):
+        for (_, module, _, _), window in zip(replicas, windows, strict=True):
             module.zero_grad()
-            module.loss(run.on_batch(batches[step % len(batches)])).backward()
-        for pair in zip(*(module.parameters() for _, module, _ in replicas), strict=True):
+            for batch in window:
+                (module.loss(batch) / accumulate).backward()
+        for pair in zip(*(module.parameters() for _, module, _, _ in replicas), strict=True):
             mean = (pair[0].grad + pair[1].grad) / 2
             for parameter in pair:
                 parameter.grad.copy_(mean)
-        for run, _, scheduler in replicas:
-            run.step()
+
+    for _ in range(STEPS):
+        windows = [
+            [run.on_batch(next(stream)) for _ in range(accumulate)]
+            for (run, _, _, _), stream in zip(replicas, streams, strict=True)
+        ]
+        backward(windows)
+        for algorithm in two_pass:
+            for run, _, _, _ in replicas:
+                algorithm.on_first_pass(run)
+            backward(windows)
+            for run, _, _, _ in replicas:
+                algorithm.on_second_pass(run)
+        for run, _, optimizer, scheduler in replicas:
+            run.on_gradients()
+            optimizer.step()
             scheduler.step()
-    run, module, _ = replicas[0]
+            run.end_step()
+    run, module, _, _ = replicas[0]
     weights = clone(dict(module.named_parameters()))
     run.enter_evaluation()
     return {"weights": weights, "averaged": clone(dict(module.named_parameters()))}

@@ -87,8 +87,10 @@ class TestFilter:
         assert torch.equal(blur_pool2d(x, _binomial(), 2), blur_pool2d(x[None], _binomial(), 2)[0])
 
     def test_constant_inside_stays_constant(self):
-        assert torch.equal(blur_pool2d(torch.ones(1, 2, 5, 5), _binomial())[..., 1:-1, 1:-1],
-                           torch.ones(1, 2, 3, 3))
+        assert torch.equal(
+            blur_pool2d(torch.ones(1, 2, 5, 5), _binomial())[..., 1:-1, 1:-1],
+            torch.ones(1, 2, 3, 3),
+        )
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,7 +171,14 @@ class TestMaxPools:
     @pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=["even", "odd"])
     @pytest.mark.parametrize(
         ("kernel", "stride", "padding", "dilation"),
-        [(2, None, 0, 1), (3, 2, 1, 1), (3, 2, 0, 1), (3, 3, 1, 1), (2, 2, 1, 2), (3, (2, 1), 1, 1)],
+        [
+            (2, None, 0, 1),
+            (3, 2, 1, 1),
+            (3, 2, 0, 1),
+            (3, 3, 1, 1),
+            (2, 2, 1, 2),
+            (3, (2, 1), 1, 1),
+        ],
     )
     def test_values_and_shape(self, kernel, stride, padding, dilation, size):
         pool = nn.MaxPool2d(kernel, stride, padding, dilation)
@@ -216,7 +225,9 @@ class TestSurgery:
         class Own(nn.Conv2d):
             pass
 
-        model = nn.Sequential(Own(C, C, 3, 2), nn.Conv2d(C, C, 3, 2), nn.ConvTranspose2d(C, C, 3, 2))
+        model = nn.Sequential(
+            Own(C, C, 3, 2), nn.Conv2d(C, C, 3, 2), nn.ConvTranspose2d(C, C, 3, 2)
+        )
         assert apply_blurpool(model) == ["1"]
         assert type(model[0]) is Own
 
@@ -317,11 +328,12 @@ class TestPrecisionAndCompilation:
         model = small_resnet().eval()
         apply_blurpool(model)
         x = draw(2, 3, 32, 32)
-        exact = copy.deepcopy(model).double()(x.double())
-        low = model.to(torch.bfloat16)(x.bfloat16())
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(x.double())
+            low = model.to(torch.bfloat16)(x.bfloat16())
         assert low.dtype == torch.bfloat16
-        tol = 20 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
-        torch.testing.assert_close(low.double(), exact, rtol=0, atol=tol)
+        error = (low.double() - exact).norm() / exact.norm()
+        assert error < 6 * torch.finfo(torch.bfloat16).eps
 
     @pytest.mark.parametrize("layer", [nn.Conv2d(C, C, 3, 2), nn.MaxPool2d(2)], ids=["conv", "max"])
     def test_autocast(self, layer):
@@ -348,9 +360,15 @@ class TestPrecisionAndCompilation:
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         assert seen == [True] * 3
 
-    @pytest.mark.parametrize("blur_first", [True, False])
-    def test_compiles_without_a_graph_break(self, blur_first):
-        model = small_resnet()
+    @pytest.mark.parametrize(
+        ("model", "blur_first"),
+        [
+            (small_resnet(), True),
+            (nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 3, 2)), False),
+        ],
+        ids=["blur first", "blur last"],
+    )
+    def test_compiles_without_a_graph_break(self, model, blur_first):
         apply_blurpool(model, blur_first=blur_first)
         eager = copy.deepcopy(model)
         torch._dynamo.reset()

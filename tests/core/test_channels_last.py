@@ -88,7 +88,9 @@ class TestFunction:
         assert [p.data_ptr() for p in model.parameters()] == places
 
     def test_nothing_to_do(self):
-        with pytest.warns(NoEffectWarning, match="apply_channels_last: the model has no 4-d weights"):
+        with pytest.warns(
+            NoEffectWarning, match="apply_channels_last: the model has no 4-d weights"
+        ):
             assert apply_channels_last(nn.Linear(2, 2)) == []
 
 

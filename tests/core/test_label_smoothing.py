@@ -96,7 +96,9 @@ class TestErrors:
         "target", [torch.zeros(N + 1, dtype=torch.long), torch.zeros(N), torch.zeros(N, C + 1)]
     )
     def test_shapes(self, target):
-        with pytest.raises(ValueError, match=r"smooth_labels: target must be class indices of shape"):
+        with pytest.raises(
+            ValueError, match=r"smooth_labels: target must be class indices of shape"
+        ):
             smooth_labels(logits_of(), target)
 
 
@@ -165,6 +167,4 @@ class TestInARun:
     def test_dense_targets(self):
         dense = torch.rand(N, C)
         loss = F.cross_entropy(logits_of(), smoothed_in_a_run(dense))
-        torch.testing.assert_close(
-            loss, F.cross_entropy(logits_of(), dense, label_smoothing=0.1)
-        )
+        torch.testing.assert_close(loss, F.cross_entropy(logits_of(), dense, label_smoothing=0.1))

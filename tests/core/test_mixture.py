@@ -26,7 +26,9 @@ def dense_by_hand(mixture: Mixture, logits: Tensor) -> Tensor:
     for label, weight in mixture.components:
         one_hot = torch.eye(logits.shape[1], dtype=torch.float64)[label].movedim(-1, 1)
         weight = torch.ones(()) if weight is None else weight
-        dense += one_hot * weight.double().reshape(weight.shape + (1,) * (logits.dim() - weight.dim()))
+        dense += one_hot * weight.double().reshape(
+            weight.shape + (1,) * (logits.dim() - weight.dim())
+        )
     return dense * (1 - mixture.smoothing) + mixture.smoothing / logits.shape[1]
 
 
@@ -261,7 +263,9 @@ class TestCrossEntropy:
     def test_legacy_reductions_are_refused(self, option):
         logits, labels, perm = draw()
         target = MixedTarget.of(Mixture.of(labels).mix(perm, torch.tensor(0.3)))
-        with pytest.raises(UnsupportedError, match="cross_entropy: size_average and reduce are not"):
+        with pytest.raises(
+            UnsupportedError, match="cross_entropy: size_average and reduce are not"
+        ):
             F.cross_entropy(logits, target, **{option: True})
 
     def test_unknown_reduction_is_refused_as_by_torch(self):
@@ -385,7 +389,7 @@ class TestOtherLosses:
 
     @pytest.mark.parametrize("name", MODULES)
     def test_module(self, name):
-        function, options, probability = OTHER[name]
+        _, _, probability = OTHER[name]
         input, target, perm = draw_dense(probability)
         mixed = MixedTarget.of(Mixture.of(target).mix(perm, torch.tensor(0.3)))
         module = MODULES[name]()

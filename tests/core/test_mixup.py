@@ -24,10 +24,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def start(recipe=(MixUp(),), seed=0, rank=0):
+def start(alpha=0.2, seed=0, rank=0):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Run(recipe, model=model, optimizer=optimizer, seed=seed, rank=rank)
+    return Run([MixUp(alpha)], model=model, optimizer=optimizer, seed=seed, rank=rank)
 
 
 class TestFunction:
@@ -73,7 +73,9 @@ class TestFunction:
     def test_gradients_reach_both_examples(self):
         """For blends of hidden states."""
         x = images().requires_grad_()
-        blended, _, _ = mixup_batch(x, torch.arange(6), 0.25, indices=torch.tensor([1, 1, 1, 1, 1, 1]))
+        blended, _, _ = mixup_batch(
+            x, torch.arange(6), 0.25, indices=torch.tensor([1, 1, 1, 1, 1, 1])
+        )
         blended.sum().backward()
         per_example = x.grad.flatten(1)
         assert torch.all(per_example[0] == 0.75)
@@ -103,8 +105,11 @@ class TestFunction:
 
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 result = func(*args, **(kwargs or {}))
-                given = {t.untyped_storage().data_ptr() for t in tree_leaves(args)
-                         if isinstance(t, torch.Tensor)}
+                given = {
+                    t.untyped_storage().data_ptr()
+                    for t in tree_leaves(args)
+                    if isinstance(t, torch.Tensor)
+                }
                 for t in tree_leaves(result):
                     if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                         self.sizes.append(t.untyped_storage().nbytes())
@@ -181,7 +186,7 @@ class TestInARun:
         torch.testing.assert_close(blended.double(), expected, rtol=1e-6, atol=1e-6)
 
     def test_equals_the_function_with_the_runs_generator(self):
-        run, x, y = start([MixUp(alpha=0.7)]), images(), torch.arange(6)
+        run, x, y = start(alpha=0.7), images(), torch.arange(6)
         g = run.generator(run.recipe.algorithms[0])
         blended, target = run.on_batch(x, y)
         expected, partner, mixing = mixup_batch(x, y, alpha=0.7, generator=g)
@@ -215,7 +220,9 @@ class TestInARun:
         assert torch.equal(target.mixture.components[1][0], y)
 
     def test_integer_images(self):
-        with pytest.raises(TypeError, match=r"input must be floating-point, got torch.uint8; convert"):
+        with pytest.raises(
+            TypeError, match=r"input must be floating-point, got torch.uint8; convert"
+        ):
             start().on_batch(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6))
 
     def test_target_of_the_wrong_length(self):
@@ -234,7 +241,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
     def test_integer_input(self, dtype):
-        with pytest.raises(TypeError, match=r"input must be floating-point, got torch\..*x.float\(\)"):
+        with pytest.raises(
+            TypeError, match=r"input must be floating-point, got torch\..*x.float\(\)"
+        ):
             mixup_batch(torch.zeros(2, 3, dtype=dtype), torch.arange(2))
 
     def test_length(self):

@@ -933,7 +933,7 @@ def test_a_checkpoint_of_another_version_is_refused(version: int | None) -> None
     state = {**run.state_dict(), "version": version}
     if version is None:
         del state["version"]
-    message = rf"Run: unknown checkpoint version {version}, this is version 1; to begin a new run"
+    message = rf"Run: unknown checkpoint version {version}, this is 1; to begin a new run"
     with pytest.raises(UnsupportedError, match=message):
         run.load_state_dict(state)
 

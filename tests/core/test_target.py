@@ -251,9 +251,7 @@ class TestCarriedThroughViews:
         table = torch.randn(2, C, 4)
         target = F.pad(per_example(labels).view(2, 3), (0, 1), value=-100)
         whole = F.cross_entropy(table, target)
-        inside = F.cross_entropy(
-            table[:, :, :3].movedim(1, -1).reshape(6, C), per_example(labels)
-        )
+        inside = F.cross_entropy(table[:, :, :3].movedim(1, -1).reshape(6, C), per_example(labels))
         torch.testing.assert_close(whole, inside)
 
     def test_moves_take_labels_and_weights_along(self, labels):
@@ -307,7 +305,10 @@ class TestChangedInPlace:
         run.check_loss()
 
 
-def mixed_step(labels: Tensor, recipe: tuple[Algorithm, ...] = (MixUp(),), carrier="target"):
+MIX_UP = MixUp()
+
+
+def mixed_step(labels: Tensor, recipe: tuple[Algorithm, ...] = (MIX_UP,), carrier="target"):
     """A started run and the target of its first batch."""
     model = nn.Linear(3, C)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -332,7 +333,7 @@ class TestLossesThatIgnoreTheMixture:
         assert "@mosaic_core.register_loss" in message
 
     def test_step_raises_before_the_weights_move(self, labels, logits):
-        run, target = mixed_step(labels)
+        run, _ = mixed_step(labels)
         before = run.model.weight.detach().clone()
         run.model.weight.grad = torch.ones_like(run.model.weight)
         with pytest.raises(LossError):
@@ -346,7 +347,7 @@ class TestLossesThatIgnoreTheMixture:
         run.check_loss()
 
     def test_each_micro_batch_counts(self, labels, logits):
-        run, first = mixed_step(labels)
+        run, _ = mixed_step(labels)
         _, second = run.on_batch(torch.randn(6, 3), labels)
         F.cross_entropy(logits, second)
         with pytest.raises(LossError):
@@ -379,7 +380,9 @@ class TestRegisterLoss:
         expected = expected + lam * F.multi_margin_loss(logits, other, margin=0.5)
         torch.testing.assert_close(loss, expected)
         run.check_loss()
-        assert torch.equal(hinge(logits, labels, 0.5), F.multi_margin_loss(logits, labels, margin=0.5))
+        assert torch.equal(
+            hinge(logits, labels, 0.5), F.multi_margin_loss(logits, labels, margin=0.5)
+        )
         assert "hinge" in str(unconsumed())
 
     def test_module(self, labels, logits):
@@ -461,9 +464,14 @@ class TestCompile:
             loss = compiled(logits, MixedTarget.of(mixture))
             assert mixture.receipt.consumed
             expected = loss_of(logits, MixedTarget.of(mixture))
-            for a, b in ((loss, expected), *zip(
-                torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True
-            )):
+            for a, b in (
+                (loss, expected),
+                *zip(
+                    torch.autograd.grad(loss, logits),
+                    torch.autograd.grad(expected, logits),
+                    strict=True,
+                ),
+            ):
                 torch.testing.assert_close(a, b)
         assert len(graphs) == 1
 
@@ -615,7 +623,9 @@ class TestLossProxy:
 
     def test_smoothing_of_another_loss_is_refused(self, labels, logits):
         _, target, proxy = proxy_step(labels, Focal(), (LabelSmoothing(0.1),))
-        with pytest.raises(UnsupportedError, match=r"defined for a cross entropy, the loss is Focal"):
+        with pytest.raises(
+            UnsupportedError, match=r"defined for a cross entropy, the loss is Focal"
+        ):
             proxy(logits, target)
 
     def test_weights_per_example(self, labels, logits):
@@ -629,16 +639,18 @@ class TestLossProxy:
         with pytest.raises(UnsupportedError, match=message):
             proxy(logits, target)
 
-    def test_plain_batches_pass_through(self, labels, logits):
-        for mixture in (None, Mixture.of(labels)):
-            calls = []
-            proxy = LossProxy(
-                lambda *args, **kw: calls.append((args, kw)) or F.cross_entropy(*args, **kw),
-                lambda mixture=mixture: mixture,
-            )
-            loss = proxy(logits, labels, reduction="sum")
-            assert torch.equal(loss, F.cross_entropy(logits, labels, reduction="sum"))
-            assert calls == [((logits, labels), {"reduction": "sum"})]
+    @pytest.mark.parametrize("trivial", [False, True], ids=["none", "trivial"])
+    def test_plain_batches_pass_through(self, labels, logits, trivial):
+        calls = []
+
+        def loss(*args, **kwargs):
+            calls.append((args, kwargs))
+            return F.cross_entropy(*args, **kwargs)
+
+        mixture = Mixture.of(labels) if trivial else None
+        result = LossProxy(loss, lambda: mixture)(logits, labels, reduction="sum")
+        assert torch.equal(result, F.cross_entropy(logits, labels, reduction="sum"))
+        assert calls == [((logits, labels), {"reduction": "sum"})]
 
     def test_labels_keep_the_trainers_tensor_type(self, labels, logits):
         class Category(Tensor):

@@ -7,50 +7,22 @@ without calling callbacks. So four methods are shadowed by instance attributes, 
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mosaic_core import Algorithm, Recipe, Run, UnsupportedError
+from mosaic_core import Algorithm, Need, Recipe, Run
 from mosaic_core.batch import Key
-
+from mosaic_lightning import _second_pass
 from mosaic_lightning._checkpoint import write
 from mosaic_lightning._muted import muted
-from mosaic_lightning.plugin import mosaic_adapter
-
-if TYPE_CHECKING:
-    from pytorch_lightning import Callback as _Callback
-else:
-
-    def _roots() -> tuple[type, ...]:
-        """The Callback classes of all installed roots: a Trainer asks for its own."""
-        found = []
-        for distribution, root in (
-            ("pytorch-lightning", "pytorch_lightning"),
-            ("lightning", "lightning.pytorch"),
-        ):
-            try:
-                metadata.distribution(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-            found.append(importlib.import_module(root).Callback)
-        if not found:
-            raise ImportError("mosaic_lightning needs pytorch-lightning or lightning: pip install")
-        return tuple(found)
-
-    class _Callback(*_roots()):
-        """A callback for either root."""
-
+from mosaic_lightning._refusals import refuse_on_setup, refuse_on_start
+from mosaic_lightning._roots import Callback
 
 __all__ = ["MosaicCallback"]
 
-_SINGLE_OR_DDP = {"SingleDeviceStrategy", "DDPStrategy"}
-_AVERAGING = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"}
 
-
-class MosaicCallback(_Callback):
+class MosaicCallback(Callback):
     """Train with a recipe; the LightningModule, its data and the Trainer stay as they are.
 
     Args:
@@ -84,7 +56,7 @@ class MosaicCallback(_Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what would not be exact, and arrange for surgery."""
-        self._refuse(trainer, pl_module, stage)
+        refuse_on_setup(self.recipe, trainer, pl_module, stage)
         configure = pl_module.configure_model
 
         def configure_model() -> None:  # no functools.wraps: it must count as overridden
@@ -111,38 +83,6 @@ class MosaicCallback(_Callback):
 
         self._shadow(pl_module, "on_save_checkpoint", on_save_checkpoint)
 
-    def _refuse(self, trainer: Any, module: Any, stage: str) -> None:
-        mosaic_adapter().check(self.recipe)
-        others = {
-            name: f"the callback {type(callback).__name__}"
-            for callback in trainer.callbacks
-            for name in {base.__name__ for base in type(callback).__mro__} & _AVERAGING
-        }
-        self.recipe.check({"trainer weight averaging": text for text in others.values()})
-        if sum(isinstance(callback, MosaicCallback) for callback in trainer.callbacks) > 1:
-            raise UnsupportedError(
-                "mosaic: a Trainer takes one MosaicCallback, as the order of two recipes would be"
-                " undefined; put all algorithms into one recipe"
-            )
-        strategy, launcher = trainer.strategy, trainer.strategy.launcher
-        if type(launcher).__name__ == "_MultiProcessingLauncher":
-            raise UnsupportedError(
-                "mosaic: a strategy that spawns or forks processes loses surgery and averaged"
-                ' weights when they end; use strategy="ddp"'
-            )
-        if len(self.recipe) and type(strategy).__name__ not in _SINGLE_OR_DDP:
-            raise UnsupportedError(
-                f"mosaic: {type(strategy).__name__} is not supported, because it shards parameters"
-                ' or is untried; use one device or strategy="ddp"'
-            )
-        step = inspect.signature(module.training_step).parameters
-        reads = any(a.acts_at("on_batch") or a.replays() for a in self.recipe)
-        if stage == "fit" and reads and "dataloader_iter" in step:
-            raise UnsupportedError(
-                "mosaic: training_step(dataloader_iter) fetches its own batches, which the recipe"
-                " must see; use training_step(batch, batch_idx)"
-            )
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the recipe between the transfer of a batch and the training step."""
         owner = trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
@@ -158,9 +98,13 @@ class MosaicCallback(_Callback):
 
         if len(self.recipe):
             self._shadow(owner, "on_after_batch_transfer", on_after_batch_transfer)
+        if any(Need.SECOND_PASS in algorithm.needs() for algorithm in self.recipe):
+            for shadow in _second_pass.shadows(self._live, trainer, pl_module):
+                self._shadow(*shadow)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the run, or go on from a checkpoint."""
+        refuse_on_start(self.recipe, trainer)
         run, fresh = self._live, not self._live.started
         total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
         finite = batches not in (0, float("inf"))

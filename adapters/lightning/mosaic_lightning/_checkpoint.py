@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
 from mosaic_core import Recipe, Run
 from mosaic_core.surgery import is_sentinel, sentinel
 

@@ -40,7 +40,9 @@ def muted(module: Any) -> Iterator[None]:
 def _state(metric: Any) -> dict[str, Any]:
     names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
     values = {name: getattr(metric, name, None) for name in names}
-    return {n: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v) for n, v in values.items()}
+    return {
+        n: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v) for n, v in values.items()
+    }
 
 
 def _discard(*args: Any, **kwargs: Any) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from mosaic_core import Algorithm, Recipe
 from mosaic_core.algorithms import NoOp
 from mosaic_core.training import History, Recorder, Report
 from mosaic_core.workloads import Workload
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
 from mosaic_lightning._callback import MosaicCallback
 
 __all__ = ["overhead", "train"]

@@ -11,7 +11,7 @@ def mosaic_adapter() -> Adapter:
     return Adapter(
         name="lightning",
         title="Lightning",
-        delivers=frozenset(Need) - {Need.SECOND_PASS},
+        delivers=frozenset(Need),
         trainers=("pytorch-lightning", "lightning"),
         trainer="mosaic_lightning._workload:train",
         overhead="mosaic_lightning._workload:overhead",
