@@ -35,7 +35,7 @@ Trainer = Annotated[
     str | None,
     typer.Option(
         "--trainer",
-        help="An installed adapter such as lightning, or torch for a plain loop."
+        help="The name of an installed adapter, or torch for a plain loop."
         "  [default: the first adapter whose trainer is installed]",
         show_default=False,
     ),
@@ -57,7 +57,9 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True),
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Training algorithms that plug into the trainer you already use."""
@@ -183,8 +185,8 @@ def demo(
 ) -> None:
     """Train a small ResNet with and without a recipe, on the same seeds, and compare."""
     with _told():
-        from mosaic_core import plugins
         from mosaic_core import demo as demo_module
+        from mosaic_core import plugins
 
         adapter = _trainer(trainer)
         chosen, composed = plugins.workload(workload), _recipe(recipe)
@@ -277,6 +279,4 @@ def _recipe(name: str) -> "Recipe":
         return Recipe(known[name])
     if Path(name).suffix in (".yaml", ".yml"):
         return Recipe.from_yaml(Path(name))
-    raise LookupError(
-        f"mosaic: unknown recipe {name!r}, and no YAML file{nearest(name, known)}"
-    )
+    raise LookupError(f"mosaic: unknown recipe {name!r}, and no YAML file{nearest(name, known)}")

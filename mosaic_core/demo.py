@@ -1,6 +1,7 @@
 """The demo: a workload trained with and without a recipe, on the same seeds, side by side."""
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from mosaic_core.bench.memory import peak_memory
@@ -108,7 +109,8 @@ def compare(
     with console.status("warming up"):
         short = _shortened(workload, data)
         memory = {
-            name: peak_memory(lambda r=r: train(short, r, epochs=1)) for name, r in recipes.items()
+            name: peak_memory(functools.partial(train, short, r, epochs=1))
+            for name, r in recipes.items()
         }
     with Progress(
         TextColumn("{task.description:9}"),
@@ -120,14 +122,14 @@ def compare(
         disable=not console.is_terminal,
     ) as bars:
         tasks = {name: bars.add_task(name, start=False, accuracy="") for name in recipes}
+
+        def report(task: TaskID, runs_before: int, update: Update) -> None:
+            total, before = len(seeds) * update.total_steps, runs_before * update.total_steps
+            bars.update(task, completed=before + update.step, total=total)
+            if update.evaluation is not None:
+                bars.update(task, accuracy=f"accuracy {_percent(update.evaluation.accuracy)}")
+
         for n, seed in enumerate(seeds):
-
-            def report(update: Update, n: int = n) -> None:
-                total = len(seeds) * update.total_steps
-                bars.update(task, completed=n * update.total_steps + update.step, total=total)
-                if update.evaluation is not None:
-                    bars.update(task, accuracy=f"accuracy {_percent(update.evaluation.accuracy)}")
-
             # Back and forth, so that a drift of the machine does not favour one side.
             for name in recipes if n % 2 == 0 else reversed(recipes):
                 task = tasks[name]
@@ -138,7 +140,7 @@ def compare(
                     seed=seed,
                     epochs=epochs,
                     data_dir=data_dir,
-                    report=report,
+                    report=functools.partial(report, task, n),
                 )
                 histories[name].append(history)
                 if not console.is_terminal:
@@ -185,7 +187,7 @@ def show(comparison: Comparison, console: Console) -> None:
         "final\naccuracy %",
         "best\naccuracy %",
         "steps to\nbaseline's",
-        "seconds to\nbaseline's",
+        "s to\nbaseline's",
         "\nms/step",
         "memory\nMiB",
     ):
@@ -248,7 +250,9 @@ def check_output(path: Path) -> None:
         raise ValueError(f"mosaic: --output must lie in a folder that exists, got {path}")
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
-        raise ValueError(f"mosaic: --output must end in one of {', '.join(sorted(known))}, got {path}")
+        raise ValueError(
+            f"mosaic: --output must end in one of {', '.join(sorted(known))}, got {path}"
+        )
 
 
 def plot(comparison: Comparison, path: Path, title: str) -> None:
@@ -288,7 +292,11 @@ def _curve(ax: "Axes", evaluations: Sequence[Evaluation], quantity: str, **style
 
 def _limits(comparison: Comparison) -> tuple[float, float]:
     """Return limits that show the end of the curves well, and leave out how they began."""
-    ends = [h.final_accuracy for arm in (comparison.baseline, comparison.recipe) for h in arm.histories]
-    best = max(h.best_accuracy for arm in (comparison.baseline, comparison.recipe) for h in arm.histories)
+    ends = [
+        h.final_accuracy for arm in (comparison.baseline, comparison.recipe) for h in arm.histories
+    ]
+    best = max(
+        h.best_accuracy for arm in (comparison.baseline, comparison.recipe) for h in arm.histories
+    )
     room = max(0.02, 4 * (1 - min(ends)))
     return 100 * max(0.0, min(ends) - room), 100 * min(1.0, best + room / 8)

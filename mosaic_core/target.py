@@ -103,10 +103,6 @@ class MixedTarget(Tensor):
                 args[0].mixture = Mixture.of(args[0].mixture.label)
             return func(*_plain(args), **_plain(kwargs))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the plain label."""
-        return self.mixture.label.__reduce_ex__(protocol)
-
 
 def _carry(mixture: Mixture, function: Callable[[Tensor], Any]) -> Any:
     result = function(mixture.label)

@@ -23,7 +23,17 @@ from mosaic_core.recipe import Recipe
 from mosaic_core.run import Run
 from mosaic_core.workloads import Workload
 
-__all__ = ["PLAIN", "Evaluation", "History", "Recorder", "Report", "Train", "Update", "overhead", "train"]
+__all__ = [
+    "PLAIN",
+    "Evaluation",
+    "History",
+    "Recorder",
+    "Report",
+    "Train",
+    "Update",
+    "overhead",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ def overhead(arm: str, steps: int) -> list[float]:
     seconds, last = [], time.perf_counter()
     for _ in range(steps):
         x, y = batch if run is None else run.on_batch(*batch)
-        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        F.cross_entropy(model(x), y).backward()
         if run is None:
             optimizer.step()
         else:

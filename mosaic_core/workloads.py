@@ -6,6 +6,7 @@ and every adapter with its trainer, on the same data in the same order from the 
 
 import functools
 import gzip
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sized
@@ -139,9 +140,7 @@ class Shuffle(Sampler[int]):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(
-            self._count, generator=generator(self._seed, "shuffle", self._epoch)
-        )
+        order = torch.randperm(self._count, generator=generator(self._seed, "shuffle", self._epoch))
         self._epoch += 1
         return iter(order.tolist())
 
@@ -162,7 +161,7 @@ class ResNet(nn.Sequential):
         self, channels: int = 1, classes: int = 10, widths: tuple[int, ...] = (16, 32, 64)
     ) -> None:
         stages = [_Block(widths[0], widths[0], stride=1)]
-        stages += [_Block(n, m, 2) for n, m in zip(widths[:-1], widths[1:], strict=True)]
+        stages += [_Block(n, m, 2) for n, m in itertools.pairwise(widths)]
         super().__init__(
             _convolution(channels, widths[0], 3, 1),
             nn.ReLU(),

@@ -36,7 +36,7 @@ class _Counter(TorchDispatchMode):
     """Counts the bytes of the storages made inside it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.live: dict[int, int] = {}
         self.now = self.peak = 0
 

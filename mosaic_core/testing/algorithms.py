@@ -29,7 +29,7 @@ __all__ = ["AlgorithmContract"]
 Batch = Any
 
 
-class Snapshot(NamedTuple):
+class _Snapshot(NamedTuple):
     """What a state dict does not show: the modules, their hooks, the layout of the weights."""
 
     modules: list[tuple[str, type[nn.Module], int]]
@@ -155,13 +155,13 @@ class AlgorithmContract:
         """What it does not declare stays as it would be without it."""
         needs, model = algorithm.needs(), self.make_model()
         assert needs
-        before = snapshot(model), copy.deepcopy(model.state_dict())
+        before = _snapshot(model), copy.deepcopy(model.state_dict())
         run = Run([algorithm], model=model)
         optimizer, plain = self.make_optimizer(model), self.make_optimizer(self.make_model())
         run.start([optimizer], total_steps=self.steps, steps_per_epoch=3)
         if Need.SURGERY not in needs:
-            assert snapshot(model) == before[0]
-            assert_equal(model.state_dict(), before[1])
+            assert _snapshot(model) == before[0]
+            _assert_equal(model.state_dict(), before[1])
         if Need.OPTIMIZER not in needs:
             assert optimizer.state_dict() == plain.state_dict()
         batch = self.make_batch(0)
@@ -191,7 +191,7 @@ class AlgorithmContract:
         """Accumulation, mixed precision and clipping go through, and repeat to the bit."""
         one, other = (self.train(self.start(algorithm), **options) for _ in range(2))
         assert all(torch.isfinite(p).all() for p in one.model.parameters())
-        assert_equal(state_of(one), state_of(other))
+        _assert_equal(_state_of(one), _state_of(other))
 
     def test_deterministic(self, algorithm: Algorithm) -> None:
         """The seed decides everything, whatever the global streams hold."""
@@ -199,7 +199,7 @@ class AlgorithmContract:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             other = self.train(self.start(algorithm))
-        assert_equal(state_of(one), state_of(other))
+        _assert_equal(_state_of(one), _state_of(other))
 
     def test_seed_matters_where_it_draws(
         self, algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch
@@ -254,14 +254,14 @@ class AlgorithmContract:
     def test_surgery_is_idempotent_and_reported(self, algorithm: Algorithm) -> None:
         """A second time nothing changes; the first time the report names the algorithm."""
         model = self.make_model()
-        untouched = snapshot(model)
+        untouched = _snapshot(model)
         first = self.start(algorithm, model=model)
-        changed = snapshot(model)
+        changed = _snapshot(model)
         second = self.start(algorithm, model=model)
-        assert snapshot(model) == changed
+        assert _snapshot(model) == changed
         assert second.report.changes == first.report.changes
         assert (changed == untouched) or algorithm.name in str(first.report)
-        assert_equal(state_of(self.train(second)), state_of(self.train(self.start(algorithm))))
+        _assert_equal(_state_of(self.train(second)), _state_of(self.train(self.start(algorithm))))
 
     def test_model_can_be_copied_and_saved_whole(self, algorithm: Algorithm) -> None:
         """Deep copies and files of the model give one that computes the same."""
@@ -271,9 +271,9 @@ class AlgorithmContract:
         torch.save(run.model, file)
         file.seek(0)
         copies = [copy.deepcopy(run.model), torch.load(file, weights_only=False)]
-        expected = gradients(run.model, self.loss(run.model, batch))
+        expected = _gradients(run.model, self.loss(run.model, batch))
         for model in copies:
-            assert_equal(gradients(model, self.loss(model, batch)), expected)
+            _assert_equal(_gradients(model, self.loss(model, batch)), expected)
 
     # Evaluation and checkpoints.
 
@@ -285,8 +285,8 @@ class AlgorithmContract:
             before = copy.deepcopy(run.model.state_dict())
             with run.evaluation():
                 assert all(torch.isfinite(p).all() for p in run.model.parameters())
-            assert_equal(run.model.state_dict(), before)
-        assert_equal(state_of(run), state_of(self.train(plain)))
+            _assert_equal(run.model.state_dict(), before)
+        _assert_equal(_state_of(run), _state_of(self.train(plain)))
 
     @pytest.mark.parametrize("inside", [False, True], ids=["training", "evaluation"])
     @pytest.mark.parametrize("at", [1, 3])
@@ -296,9 +296,9 @@ class AlgorithmContract:
         run = self.train(self.start(algorithm), at)
         if inside:
             with run.evaluation():
-                file = saved_and_loaded(run)
+                file = _saved_and_loaded(run)
         else:
-            file = saved_and_loaded(run)
+            file = _saved_and_loaded(run)
         model = self.make_model()
         resumed = Run([algorithm], model=model)
         model.load_state_dict(file["model"])
@@ -307,12 +307,12 @@ class AlgorithmContract:
         optimizer.load_state_dict(file["optimizer"])
         resumed.load_state_dict(file["run"])
         for other in (resumed, run):  # the run that was saved is not changed by it
-            assert_equal(state_of(self.train(other)), state_of(straight))
+            _assert_equal(_state_of(self.train(other)), _state_of(straight))
 
 
-def snapshot(model: nn.Module) -> Snapshot:
+def _snapshot(model: nn.Module) -> _Snapshot:
     """Describe a model."""
-    return Snapshot(
+    return _Snapshot(
         [
             (name, type(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
             for name, module in model.named_modules()
@@ -321,14 +321,14 @@ def snapshot(model: nn.Module) -> Snapshot:
     )
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Return the gradients of a loss, and the loss."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters)
     return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
 
 
-def state_of(run: Run) -> dict[str, Any]:
+def _state_of(run: Run) -> dict[str, Any]:
     """Copy all that a run consists of, and the weights it evaluates with."""
     state = {
         "model": run.model.state_dict(),
@@ -341,7 +341,7 @@ def state_of(run: Run) -> dict[str, Any]:
     return state
 
 
-def saved_and_loaded(run: Run) -> Any:
+def _saved_and_loaded(run: Run) -> Any:
     """Send the three state dicts through a file that holds no code."""
     file = io.BytesIO()
     torch.save(
@@ -356,16 +356,16 @@ def saved_and_loaded(run: Run) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def assert_equal(actual: Any, expected: Any, where: str = "") -> None:
+def _assert_equal(actual: Any, expected: Any, where: str = "") -> None:
     """Compare nested state to the last bit."""
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys(), where
         for key, value in expected.items():
-            assert_equal(actual[key], value, f"{where}/{key}")
+            _assert_equal(actual[key], value, f"{where}/{key}")
     elif isinstance(expected, list | tuple):
         assert len(actual) == len(expected), where
         for i, value in enumerate(expected):
-            assert_equal(actual[i], value, f"{where}/{i}")
+            _assert_equal(actual[i], value, f"{where}/{i}")
     elif isinstance(expected, Tensor):
         assert actual.dtype == expected.dtype, where
         assert torch.equal(actual, expected), where

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from mosaic_core import Algorithm, Place, Run
 from mosaic_core.algorithms import EMA, BlurPool, LabelSmoothing, MixUp
 from mosaic_core.loop import train_steps
 from mosaic_lightning import MosaicCallback
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 STEPS = 20
 

@@ -5,8 +5,9 @@ import sys
 import pytorch_lightning as pl
 import torch
 from lightning_common import STEPS, TwoPass, clone, data, module_class, recipe, trainer
-from mosaic_lightning import MosaicCallback
 from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from mosaic_lightning import MosaicCallback
 
 BATCH = 4
 RECIPES = {"one pass": recipe(), "two passes": [*recipe(), TwoPass()]}

@@ -23,6 +23,7 @@ from lightning_common import (
     trainer,
 )
 from lightning_ddp import RECIPES, shard
+
 from mosaic_core import Run
 from mosaic_core.algorithms import (
     EMA,
@@ -463,9 +464,7 @@ def test_weights_that_the_module_keeps_out_of_the_file_stay_out(pl, tmp_path):
 
 def test_a_run_goes_on_only_with_its_own_recipe(pl, tmp_path):
     save = saver(pl, tmp_path, every_n_train_steps=5)
-    first = trainer(
-        pl, [MosaicCallback(recipe()), save], max_steps=5, enable_checkpointing=True
-    )
+    first = trainer(pl, [MosaicCallback(recipe()), save], max_steps=5, enable_checkpointing=True)
     first.fit(module_class(pl)(), loader())
     other = trainer(pl, [MosaicCallback([BlurPool(), MixUp(0.3)])], max_steps=9)
     with pytest.raises(RuntimeError, match="must go on with the recipe and seed it began with"):
@@ -487,7 +486,7 @@ def test_a_checkpoint_without_mosaic_can_be_gone_on_from(pl, tmp_path):
 def refused(pl, match, callbacks=None, module=None, **options):
     module = module_class(pl)() if module is None else module
     before = clone(dict(module.named_parameters()))
-    with pytest.raises((RuntimeError, ValueError), match=match):
+    with pytest.raises((RuntimeError, ValueError), match=match):  # noqa: PT012  # whichever it is
         fit = trainer(pl, callbacks or [MosaicCallback(recipe())], max_steps=2, **options)
         fit.fit(module, loader())
     assert difference(dict(module.named_parameters()), before) == 0
@@ -509,9 +508,11 @@ def test_dataloader_iter_is_refused(pl):
 
 def test_lightnings_own_averaging_beside_ours_is_refused(pl):
     own = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1)
-    refused(pl, "EMA can't be combined with the callback StochasticWeightAveraging", [
-        MosaicCallback([EMA()]), own
-    ])
+    refused(
+        pl,
+        "EMA can't be combined with the callback StochasticWeightAveraging",
+        [MosaicCallback([EMA()]), own],
+    )
 
 
 def test_two_pass_algorithms_need_automatic_optimisation(pl):

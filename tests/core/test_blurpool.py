@@ -217,6 +217,7 @@ class TestMaxPools:
         """A max-pool has no device of its own."""
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2)).to("meta")
         apply_blurpool(model)
+        assert model[1].blur_filter.device.type == "meta"
         assert model(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 4, 4, 4)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mosaic_core import Recipe
 
 ROOT = Path(__file__).parents[2]

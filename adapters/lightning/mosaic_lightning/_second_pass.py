@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 from mosaic_core import Run
 from mosaic_lightning._muted import muted
 

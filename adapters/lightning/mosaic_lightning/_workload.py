@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def overhead(arm: str, steps: int) -> list[float]:
     Returns:
         Seconds of each step.
     """
-    arms = {
+    arms: dict[str, Callable[[], pl.Callback]] = {
         "empty callback": pl.Callback,
         "empty recipe": lambda: MosaicCallback([]),
         "NoOp": lambda: MosaicCallback([NoOp()]),
