@@ -28,10 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measure what a recipe costs.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+_bench = typer.Typer(help="Measure what a recipe costs.", no_args_is_help=True)
+app.add_typer(_bench, name="bench")
 
-Trainer = Annotated[
+_Trainer = Annotated[
     str | None,
     typer.Option(
         "--trainer",
@@ -164,7 +164,7 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    trainer: Trainer = None,
+    trainer: _Trainer = None,
     workload: Annotated[
         str, typer.Option(help="digits (seconds) or fashion-mnist (minutes), or a plugin's.")
     ] = "digits",
@@ -214,9 +214,9 @@ def demo(
         console.print(f"Plot: {output}")
 
 
-@bench.command("overhead")
+@_bench.command("overhead")
 def bench_overhead(
-    trainer: Trainer = None,
+    trainer: _Trainer = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to count for each arm.")] = 2000,
 ) -> None:
     """Measure what an empty recipe costs a step over an empty callback."""

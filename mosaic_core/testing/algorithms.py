@@ -26,7 +26,7 @@ from mosaic_core.target import MixedTarget
 
 __all__ = ["AlgorithmContract"]
 
-Batch = Any
+_Batch = Any
 
 
 class _Snapshot(NamedTuple):
@@ -75,12 +75,12 @@ class AlgorithmContract:
                 nn.Linear(64, 5),
             )
 
-    def make_batch(self, index: int) -> Batch:
+    def make_batch(self, index: int) -> _Batch:
         """Return a new batch, the same for the same index."""
         g = torch.Generator().manual_seed(index)
         return torch.randn(8, 3, 8, 8, generator=g), torch.randint(5, (8,), generator=g)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: _Batch) -> Tensor:
         """Return the loss of a transformed batch."""
         x, y = batch
         return F.cross_entropy(model(x), y)

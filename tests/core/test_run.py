@@ -634,6 +634,31 @@ def test_two_passes_equal_a_hand_written_loop(accumulate: int, smoothing: float)
     assert_same(bits(run.model), bits(by_hand))  # difference 0.0
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_two_passes_under_a_gradient_scaler_see_unscaled_gradients(scale: float) -> None:
+    run, plain = make_run([Ascent()]), make_run([Ascent()])
+    for index in range(3):
+
+        def backward(run: Run, factor: float, batch: Any) -> None:
+            x, y = batch
+            (F.cross_entropy(run.model(x), y) * factor).backward()
+
+        run.optimizers[0].zero_grad()
+        batch = run.on_batch(*data(index))
+        backward(run, scale, batch)
+        run.second_pass(lambda batch=batch: backward(run, scale, batch), scale=scale)
+        for parameter in run.model.parameters():  # as the scaler does before the step
+            parameter.grad /= scale
+        run.optimizers[0].step()
+        run.end_step()
+
+        plain.optimizers[0].zero_grad()
+        batch = plain.on_batch(*data(index))
+        backward(plain, 1.0, batch)
+        plain.step(lambda batch=batch: backward(plain, 1.0, batch))
+    assert_same(bits(run.model), bits(plain.model))  # a power of two rounds nothing
+
+
 def test_two_passes_without_a_closure_are_refused_before_anything_moves() -> None:
     run = make_run([Ascent(), NoOp()])
     x, y = run.on_batch(*data(0))
