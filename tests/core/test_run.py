@@ -636,7 +636,14 @@ def test_two_passes_equal_a_hand_written_loop(accumulate: int, smoothing: float)
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_two_passes_under_a_gradient_scaler_see_unscaled_gradients(scale: float) -> None:
-    run, plain = make_run([Ascent()]), make_run([Ascent()])
+    seen: dict[Run, list[Tensor]] = {}
+
+    class Watched(Ascent):
+        def on_first_pass(self, run: Run) -> None:
+            seen[run] = [run.parameters.grad(f).clone() for f in run.parameters.fragments()]
+            super().on_first_pass(run)
+
+    run, plain = make_run([Watched()]), make_run([Watched()])
     for index in range(3):
 
         def backward(run: Run, factor: float, batch: Any) -> None:
@@ -656,6 +663,7 @@ def test_two_passes_under_a_gradient_scaler_see_unscaled_gradients(scale: float)
         batch = plain.on_batch(*data(index))
         backward(plain, 1.0, batch)
         plain.step(lambda batch=batch: backward(plain, 1.0, batch))
+        assert_same(seen[run], seen[plain])
     assert_same(bits(run.model), bits(plain.model))  # a power of two rounds nothing
 
 
