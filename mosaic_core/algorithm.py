@@ -92,6 +92,8 @@ class Algorithm:
     place: ClassVar[Place]
     changes_labels: ClassVar[bool] = False
     """Whether it turns labels into mixtures, which the loss must compute."""
+    draws_in_forward: ClassVar[bool] = False
+    """Whether what it draws acts inside forward, where a second pass would not find it again."""
     excludes: ClassVar[frozenset[str]] = frozenset()
     """Names of algorithms, and of trainer features, that contradict it."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mosaic_core.algorithm import Algorithm
+from mosaic_core.algorithm import Algorithm, Need
 from mosaic_core.errors import ConflictError, nearest
 
 __all__ = ["Recipe"]
@@ -48,12 +48,22 @@ class Recipe:
             if names.count(name) > 1:
                 raise ConflictError(f"Recipe: {name} is in it {names.count(name)} times; keep one")
         self.check({name: f"{name} in the recipe" for name in names})
+        self._check_second_pass()
         averaging = [a.name for a in self.algorithms if a.acts_at("evaluation_weights")]
         if len(averaging) > 1:
             raise ConflictError(
                 f"Recipe: {' and '.join(averaging)} would each choose the weights to evaluate;"
                 " keep one"
             )
+
+    def _check_second_pass(self) -> None:
+        twice = [a.name for a in self.algorithms if Need.SECOND_PASS in a.needs()]
+        for algorithm in self.algorithms:
+            if twice and algorithm.draws_in_forward:
+                raise ConflictError(
+                    f"Recipe: {algorithm.name} can't be combined with {twice[0]}: a second pass"
+                    " would not repeat what it draws for each micro-batch; remove one"
+                )
 
     def check(self, features: Mapping[str, str]) -> None:
         """Refuse features beside this recipe that contradict an algorithm in it.

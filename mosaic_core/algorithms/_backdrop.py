@@ -187,6 +187,7 @@ class Backdrop(Algorithm):
     patch_size: int = 1
 
     place = Place.SURGERY
+    draws_in_forward = True
     card = Card(
         category="any",
         summary="Is the identity forward and masks a random part of the gradient backward.",

@@ -328,3 +328,12 @@ def test_what_is_wrong_in_yaml_is_said(text: str, error: type[Exception], messag
 def test_yaml_is_checked_as_code_is(text: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Recipe.from_yaml(text)
+
+
+def test_masks_drawn_in_forward_beside_a_second_pass_are_refused():
+    class Twice(NoOp):
+        def on_first_pass(self, run):
+            """Do nothing."""
+
+    with pytest.raises(ConflictError, match=r"Backdrop can't be combined with Twice.*remove one"):
+        Recipe([Twice(), Backdrop("layer")])
