@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import mosaic_core
@@ -68,8 +69,8 @@ def _root(
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Turn errors that speak to the user into one message and exit code 2."""
+    from mosaic_core.datasets import MissingError
     from mosaic_core.errors import UnsupportedError
-    from mosaic_core.workloads import MissingError
 
     try:
         yield
@@ -152,7 +153,7 @@ def doctor() -> None:
         first = finding.section if finding.section != section else ""
         section = finding.section
         broken += finding.status == "broken"
-        text = finding.text.replace("[", r"\[")
+        text = escape(finding.text)
         table.add_row(f"[bold]{first}[/]", finding.name, marks[finding.status], text)
     Console(highlight=False).print(table)
     if broken:
@@ -194,12 +195,11 @@ def demo(
         demo_module.check_output(output)
         count = chosen.seeds if seeds is None else seeds
         console = Console()
-        for name, text in (
-            ("workload", f"{chosen.name}: {chosen.title}"),
-            ("trainer", _trainer_text(adapter)),
-            ("recipe", demo_module.brief(composed)),
-        ):
-            console.print(f"[bold]{name:8}[/]  {text}", highlight=False)
+        facts = Table.grid("", "", padding=(0, 2))
+        facts.add_row("[bold]workload", f"{chosen.name}: {chosen.title}")
+        facts.add_row("[bold]trainer", _trainer_text(adapter))
+        facts.add_row("[bold]recipe", escape(demo_module.brief(composed)))
+        console.print(facts)
         comparison = demo_module.compare(
             adapter.load("trainer"),
             chosen,
@@ -245,10 +245,10 @@ def bench_overhead(
 def _trainer(name: str | None) -> "Adapter":
     """Return the adapter of a trainer that is installed, or the plain loop."""
     from mosaic_core import plugins
+    from mosaic_core.datasets import MissingError
     from mosaic_core.doctor import version_of
     from mosaic_core.errors import nearest
     from mosaic_core.training import PLAIN
-    from mosaic_core.workloads import MissingError
 
     known = {**plugins.adapters(), PLAIN.name: PLAIN}
     if name is None:

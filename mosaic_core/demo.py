@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mosaic_core.bench.memory import peak_memory
+from mosaic_core.datasets import Data, MissingError
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, History, Train, Update
-from mosaic_core.workloads import Data, MissingError, Workload
+from mosaic_core.workloads import Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,16 +183,16 @@ def _percent(share: float) -> str:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the table of what was measured, and what it says."""
-    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in (
         "final\naccuracy %",
         "best\naccuracy %",
         "steps to\nbaseline's",
-        "s to\nbaseline's",
+        "seconds to\nbaseline's",
         "\nms/step",
         "memory\nMiB",
     ):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, arm in (("baseline", comparison.baseline), ("recipe", comparison.recipe)):
         reached = arm.reached(comparison.target)
         table.add_row(
@@ -220,9 +221,9 @@ def notes(comparison: Comparison) -> list[str]:
     gains = ", ".join(f"{100 * gain:+.1f}" for gain in comparison.gains)
     return [
         f"{over}, {steps[-1]} steps each, evaluated every {steps[0]}.",
-        "baseline's: until the mean accuracy is first at least the baseline's final"
+        f"to baseline's: until the mean accuracy is at least its final"
         f" {_percent(comparison.target)}.",
-        "seconds, ms/step: training alone. memory: tensors at their peak.",
+        "seconds, ms/step: of training alone. memory: of tensors, at the peak.",
         f"Final accuracy, recipe minus baseline, seed by seed: {gains} points.",
     ]
 

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 __all__ = ["ARMS", "Arm", "measure"]
 
 ARMS = ("empty callback", "empty recipe", "NoOp")
@@ -52,6 +54,7 @@ def measure(
     Returns:
         The arms in the order of ``ARMS``.
     """
+    torch.set_num_threads(1)  # the model is tiny, and threads that wait for each other add noise
     blocks = max(4, -(-steps // _BLOCK))
     medians: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm in ARMS:  # imports, and what else only the first run of all pays for

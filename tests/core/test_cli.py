@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mosaic_core import catalog, plugins
+from mosaic_core import catalog, datasets, plugins
 from mosaic_core.cli import app
 
 ALGORITHMS = plugins.algorithms()
@@ -111,10 +111,8 @@ def test_demo_refuses_what_it_does_not_know_before_training(options):
 
 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
-    from mosaic_core import workloads
-
-    workloads._fashion_mnist.cache_clear()
-    monkeypatch.setattr(workloads, "_DEBIAN", ())
+    monkeypatch.setattr(datasets, "_DEBIAN", ())
+    monkeypatch.delenv("MOSAIC_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     output = run("demo", "--workload", "fashion-mnist", code=2)

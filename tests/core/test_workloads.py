@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic_core import plugins, workloads
+from mosaic_core import datasets, plugins
 from mosaic_core.training import PLAIN, train
 from mosaic_core.workloads import DEMO_RECIPE
 
@@ -34,13 +34,11 @@ def test_order_and_weights_depend_on_the_seed_alone():
 
 def test_idx_files_are_read(tmp_path):
     images = np.arange(5 * 28 * 28, dtype=np.uint8).reshape(5, 28, 28)
-    for role, name in workloads._FASHION_MNIST.items():
+    for role, name in datasets._FASHION_MNIST.items():
         values = images if role.endswith("inputs") else np.arange(5, dtype=np.uint8)
         header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
         (tmp_path / name).write_bytes(header + values.tobytes())
-    workloads._fashion_mnist.cache_clear()
     data = plugins.workload("fashion-mnist").load(tmp_path)
-    workloads._fashion_mnist.cache_clear()
     assert data.train_inputs.shape == (5, 1, 28, 28)
     assert data.eval_labels.tolist() == [0, 1, 2, 3, 4]
 
