@@ -26,7 +26,8 @@ def install(session: nox.Session, *arguments: str, core: str = ".") -> None:
 def tests(session: nox.Session) -> None:
     """Run pytest: ``nox -s tests -- -k mixup``."""
     install(session, *nox.project.dependency_groups(ROOT, "test"))
-    session.run("pytest", *session.posargs)
+    # By file, as importing a trainer takes longer than most tests of it.
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session
@@ -79,4 +80,4 @@ def lower_bounds(session: nox.Session) -> None:
     constraints = Path(session.create_tmp()) / "oldest.txt"
     constraints.write_text("\n".join(oldest))
     install(session, *test, "--constraint", str(constraints))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs)

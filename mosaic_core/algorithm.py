@@ -127,6 +127,15 @@ class Algorithm:
         found = {need for point, need in _POINTS.items() if cls.acts_at(point)}
         return frozenset(found | ({Need.LOSS} if cls.changes_labels else set()))
 
+    @classmethod
+    def example(cls) -> "Algorithm":
+        """Return an instance for the contract suites, which train it on a small network.
+
+        It acts within the first three steps; the network's layers are called ``conv1``,
+        ``norm1``, ``conv2``, ``norm2`` and ``head``, perhaps inside another module.
+        """
+        return cls()
+
     # The points of a run, in the order in which they come.
 
     def prepare_model(self, model: torch.nn.Module, run: "Run") -> None:
@@ -142,11 +151,22 @@ class Algorithm:
         """Return the training micro-batch to use instead; it lies on the device of training."""
         return batch
 
+    def second_pass_due(self, run: "Run") -> bool:
+        """Tell whether a two-pass algorithm takes two passes in this step."""
+        return True
+
     def on_first_pass(self, run: "Run") -> None:
-        """Act on the gradients of the window, which is then run forward and backward again."""
+        """Act on the gradients of the window, which is then run forward and backward again.
+
+        What it does to the master weights is published before the second pass.
+        """
 
     def on_second_pass(self, run: "Run") -> None:
-        """Act on the gradients of the second pass, before ``on_gradients``."""
+        """Act on the gradients of the second pass, before ``on_gradients``.
+
+        Afterwards the master weights are again those the optimizer is to update. It is also called
+        when the second pass failed, then perhaps without gradients.
+        """
 
     def on_gradients(self, run: "Run") -> None:
         """Act on the gradients of a full window, unscaled, before the trainer clips them."""

@@ -85,12 +85,18 @@ def table() -> list[Row]:
     ]
 
 
-def matrix() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return algorithm x trainer: what the trainer does not deliver, nothing where all is well."""
+def matrix() -> dict[str, dict[str, dict[str, tuple[str, ...]]]]:
+    """Return trainer -> algorithm -> mode: what is not delivered there, nothing where all is well.
+
+    The adapter contract suite trains, or sees refused, exactly these cells.
+    """
     adapters = sorted(plugins.adapters().values(), key=lambda adapter: adapter.title)
     return {
-        name: {a.title: tuple(sorted(cls.needs() - a.delivers)) for a in adapters}
-        for name, cls in plugins.algorithms().items()
+        adapter.title: {
+            name: {mode.name: adapter.missing(cls, mode) for mode in adapter.modes}
+            for name, cls in plugins.algorithms().items()
+        }
+        for adapter in adapters
     }
 
 
@@ -100,11 +106,13 @@ def markdown() -> str:
 
 
 def matrix_markdown() -> str:
-    """Return the matrix in Markdown."""
-    cells = matrix()
-    trainers = next(iter(cells.values()), {})
-    rows = ((name, *map(verdict, row.values())) for name, row in cells.items())
-    return _markdown(("Method", *trainers), rows)
+    """Return the matrix in Markdown, a table for each trainer."""
+    texts = []
+    for title, rows in matrix().items():
+        modes = next(iter(rows.values()), {})
+        cells = ((name, *map(verdict, row.values())) for name, row in rows.items())
+        texts.append(f"### {title}\n\n{_markdown(('Method', *modes), cells)}")
+    return "\n".join(texts)
 
 
 def verdict(missing: tuple[str, ...]) -> str:
@@ -229,9 +237,14 @@ def card(name: str, width: int = 88) -> str:
     if name not in known:
         raise LookupError(f"mosaic: unknown algorithm {name!r}{nearest(name, known)}")
     cls = known[name]
-    trainers = matrix()[name]
-    supporting = [title for title, missing in trainers.items() if not missing]
-    refusing = [f"{title} ({verdict(missing)})" for title, missing in trainers.items() if missing]
+    adapters = sorted(plugins.adapters().values(), key=lambda adapter: adapter.title)
+    supporting = [a.title for a in adapters if a.supports(cls)]
+    refusing = [
+        f"{a.title} {mode.name} ({verdict(missing)})"
+        for a in adapters
+        for mode in a.modes
+        if (missing := a.missing(cls, mode))
+    ]
     home = cls.__module__.partition("._")[0]  # a private module shows in its package
     sections = {
         "Settings": "\n".join(_setting(setting) for setting in settings(cls)),

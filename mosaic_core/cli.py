@@ -32,12 +32,21 @@ app = typer.Typer(
 _bench = typer.Typer(help="Measure what a recipe costs.", no_args_is_help=True)
 app.add_typer(_bench, name="bench")
 
+_DEFAULT = "  [default: the preferred one of those installed]"
 _Trainer = Annotated[
     str | None,
     typer.Option(
         "--trainer",
-        help="The name of an installed adapter, or torch for a plain loop."
-        "  [default: the first adapter whose trainer is installed]",
+        help=f"The name of an installed adapter, or torch for a plain loop.{_DEFAULT}",
+        show_default=False,
+    ),
+]
+_TrainerOrAll = Annotated[
+    str | None,
+    typer.Option(
+        "--trainer",
+        help="The name of an installed adapter, torch for a plain loop, or all to train one seed"
+        f" with every installed trainer and compare the weights.{_DEFAULT}",
         show_default=False,
     ),
 ]
@@ -88,7 +97,7 @@ def _told() -> Iterator[None]:
 def list_(
     markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown.")] = False,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Show which trainer delivers what each needs.")
+        bool, typer.Option("--matrix", help="Show in which mode of which trainer each is exact.")
     ] = False,
     write_readme: Annotated[
         Path | None,
@@ -118,11 +127,11 @@ def list_(
         elif markdown:
             typer.echo(catalog.matrix_markdown() if matrix else catalog.markdown(), nl=False)
         elif matrix:
-            cells = catalog.matrix()
-            table = Table("Method", *next(iter(cells.values()), {}))
-            for name, row in cells.items():
-                table.add_row(name, *map(catalog.verdict, row.values()))
-            Console().print(table)
+            for title, rows in catalog.matrix().items():
+                table = Table("Method", *next(iter(rows.values()), {}), title=title)
+                for name, row in rows.items():
+                    table.add_row(name, *map(catalog.verdict, row.values()))
+                Console().print(table)
         else:
             table = Table(*catalog.HEADER)
             for entry in catalog.table():
@@ -165,7 +174,7 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    trainer: _Trainer = None,
+    trainer: _TrainerOrAll = None,
     workload: Annotated[
         str, typer.Option(help="digits (seconds) or fashion-mnist (minutes), or a plugin's.")
     ] = "digits",
@@ -189,28 +198,45 @@ def demo(
         from mosaic_core import demo as demo_module
         from mosaic_core import plugins
 
-        adapter = _trainer(trainer)
+        adapters = _all_trainers() if trainer == "all" else [_trainer(trainer)]
         chosen, composed = plugins.workload(workload), _recipe(recipe)
-        adapter.check(composed)
-        demo_module.check_output(output)
-        count = chosen.seeds if seeds is None else seeds
+        for adapter in adapters:
+            adapter.check(composed)
+        length = chosen.epochs if epochs is None else epochs
         console = Console()
         facts = Table.grid("", "", padding=(0, 2))
         facts.add_row("[bold]workload", f"{chosen.name}: {chosen.title}")
-        facts.add_row("[bold]trainer", _trainer_text(adapter))
+        facts.add_row("[bold]trainer", ", ".join(map(_trainer_text, adapters)))
         facts.add_row("[bold]recipe", escape(demo_module.brief(composed)))
+        if trainer == "all":
+            from mosaic_core import agreement
+
+            console.print(facts)
+            found = agreement.train_all(
+                adapters,
+                chosen,
+                composed,
+                seed=seed,
+                epochs=length,
+                data_dir=data_dir,
+                console=console,
+            )
+            agreement.show(found, console)
+            return
+        demo_module.check_output(output)
         console.print(facts)
+        count = chosen.seeds if seeds is None else seeds
         comparison = demo_module.compare(
-            adapter.load("trainer"),
+            adapters[0].load("trainer"),
             chosen,
             composed,
             seeds=range(seed, seed + count),
-            epochs=chosen.epochs if epochs is None else epochs,
+            epochs=length,
             data_dir=data_dir,
             console=console,
         )
         demo_module.show(comparison, console)
-        demo_module.plot(comparison, output, title=f"{chosen.name} with {adapter.title}")
+        demo_module.plot(comparison, output, title=f"{chosen.name} with {adapters[0].title}")
         console.print(f"Plot: {output}")
 
 
@@ -242,6 +268,18 @@ def bench_overhead(
         console.print(table)
 
 
+def _all_trainers() -> "list[Adapter]":
+    """Return the adapters of all trainers that are installed."""
+    from mosaic_core import plugins
+    from mosaic_core.datasets import MissingError
+    from mosaic_core.doctor import version_of
+
+    found = [adapter for adapter in plugins.adapters().values() if version_of(adapter)]
+    if not found:
+        raise MissingError("mosaic: no trainer with an adapter is installed; see mosaic doctor")
+    return found
+
+
 def _trainer(name: str | None) -> "Adapter":
     """Return the adapter of a trainer that is installed, or the plain loop."""
     from mosaic_core import plugins
@@ -252,7 +290,8 @@ def _trainer(name: str | None) -> "Adapter":
 
     known = {**plugins.adapters(), PLAIN.name: PLAIN}
     if name is None:
-        return next(adapter for adapter in known.values() if version_of(adapter))
+        there = (adapter for adapter in known.values() if version_of(adapter))
+        return min(there, key=lambda adapter: adapter.precedence)
     if name not in known:
         raise LookupError(f"mosaic: unknown trainer {name!r}{nearest(name, known)}")
     if version_of(known[name]) is None:

@@ -14,27 +14,29 @@ An adapter translates its trainer's hooks into these calls, in this order::
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mosaic_core import random
-from mosaic_core.algorithm import Algorithm, Need
+from mosaic_core import checkpoint, random
+from mosaic_core.algorithm import Algorithm
+from mosaic_core.averaged import AveragedWeights
 from mosaic_core.batch import Batch, Key, Locator, describe
 from mosaic_core.errors import UnsupportedError
 from mosaic_core.mixture import Mixture
 from mosaic_core.parameters import Parameters, replicated_parameters
 from mosaic_core.progress import Progress
 from mosaic_core.recipe import Recipe
+from mosaic_core.second_pass import SecondPass
 from mosaic_core.surgery import Report, accept_sentinel
 from mosaic_core.target import MixedTarget, unconsumed
 
 __all__ = ["Run"]
 
-_VERSION = 1
+_CARRIERS = ("target", "proxy")
 
 
 class Run:
@@ -58,6 +60,7 @@ class Run:
         parameters: View of the parameters where they are sharded; None for replicated ones.
 
     Raises:
+        ValueError: If ``carrier`` is neither.
         UnsupportedError: If the parameters are sharded and no view was given.
 
     Example:
@@ -88,6 +91,8 @@ class Run:
         forward: Callable[[Any], Any] | None = None,
         parameters: Parameters | None = None,
     ) -> None:
+        if carrier not in _CARRIERS:
+            raise ValueError(f"Run: carrier must be one of {_CARRIERS}, got {carrier!r}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
         self.model, self.seed, self.rank, self.world_size = model, seed, rank, world_size
         self.report = Report()
@@ -98,9 +103,9 @@ class Run:
         self.locator = Locator(input_key, target_key)
         self.parameters = replicated_parameters(model) if parameters is None else parameters
         self._carrier, self._forward = carrier, forward
-        self._recipe_text = self.recipe.to_yaml()  # now, so that the first checkpoint can't fail
+        self.recipe_text = self.recipe.to_yaml()  # now, so that the first checkpoint can't fail
+        self.averaged, self.two_passes = AveragedWeights(self), SecondPass(self)
         self._states: dict[str, Any] = {}
-        self._parked: dict[str, Tensor] | None = None
         self._pending: list[Mixture] = []
 
         def acting(point: str) -> list[Algorithm]:
@@ -110,8 +115,6 @@ class Run:
         self._on_gradients = acting("on_gradients")
         self._on_step_end = acting("on_step_end")
         self._on_epoch_end = acting("on_epoch_end")
-        self._two_pass = [a for a in self.recipe if Need.SECOND_PASS in a.needs()]
-        self._averaging = acting("evaluation_weights")
         self._labels = any(a.changes_labels for a in self.recipe)
         self._recent: deque[Any] = deque(maxlen=max((a.replays() for a in self.recipe), default=0))
 
@@ -137,7 +140,7 @@ class Run:
             total_steps: Optimizer steps of the whole run, None when unknown.
             steps_per_epoch: Optimizer steps of an epoch, None when unknown.
         """
-        if self.in_evaluation and not self._holds_average():
+        if self.in_evaluation and not self.averaged.held():
             self.reset()  # other weights were loaded meanwhile: they win
         self.leave_evaluation()
         self.progress.total_steps, self.progress.steps_per_epoch = total_steps, steps_per_epoch
@@ -160,7 +163,8 @@ class Run:
 
     def reset(self) -> None:
         """Forget all state: training will start again, from the weights in the model."""
-        self._parked, self.mixture, self.optimizers = None, None, []
+        self.averaged.forget()
+        self.mixture, self.optimizers = None, []
         self.progress, self.metrics = Progress(), {}
         self._states.clear()
         self._pending.clear()
@@ -308,6 +312,8 @@ class Run:
         if applied:
             for algorithm in self._on_step_end:
                 algorithm.on_step_end(self)
+        elif self.two_passes.taken:  # forward still has the weights of the second pass
+            self.parameters.publish()
 
     def end_epoch(self) -> None:
         """Count an epoch."""
@@ -342,68 +348,49 @@ class Run:
     def second_pass(self, closure: Callable[[], Any] | None, scale: float = 1.0) -> None:
         """Let two-pass algorithms act on the gradients and run the window again.
 
+        Batch-norm statistics and the like move once, and the global random streams as if there
+        had been one pass. If the closure raises, the weights go back to where the step began.
+
         Args:
             closure: Runs forward and backward again on the same transformed micro-batches.
             scale: Factor a gradient scaler put on the loss; the algorithms see gradients without
                 it, and those of the second pass still have it.
+
+        Raises:
+            UnsupportedError: If an algorithm takes two passes now and there is no closure.
         """
-        if not self._two_pass:
+        due = self.two_passes.due
+        if not due:
             return
         if closure is None:
             raise UnsupportedError(
-                f"Run.step: {self._two_pass[0].name} runs forward and backward twice; give"
+                f"Run.step: {due[0].name} runs forward and backward twice; give"
                 " run.step(closure) a function that does it for the same batches"
             )
-        if scale != 1:
-            for fragment in self.parameters.fragments():
-                grad = self.parameters.grad(fragment)
-                if grad is not None:
-                    self.parameters.set_grad(fragment, grad / scale)
-        for algorithm in self._two_pass:
-            algorithm.on_first_pass(self)
-        self.parameters.drop_grads()
-        with _kept(self.model.buffers()):
+        self.two_passes.begin(scale)
+        try:
             closure()
-        for algorithm in self._two_pass:
-            algorithm.on_second_pass(self)
+        except BaseException:
+            self.two_passes.end()
+            self.parameters.publish()
+            raise
+        self.two_passes.end()
 
     # Evaluation.
 
     @property
     def in_evaluation(self) -> bool:
         """Whether the model holds the evaluation weights."""
-        return self._parked is not None
+        return self.averaged.parked is not None
 
     def enter_evaluation(self) -> None:
         """Put the averaged weights into the model, if there are any."""
-        if self._parked is not None or not self.started:
-            return
-        for algorithm in self._averaging:
-            weights = algorithm.evaluation_weights(self)
-            if weights is None:
-                continue
-            live = dict(self.model.named_parameters())
-            tensors: dict[str, Tensor] = {name: live[name].detach() for name in weights}
-            if algorithm.replays():  # batch-norm statistics are about to be recomputed
-                tensors.update(self.model.named_buffers())
-            self._parked = {name: tensor.clone() for name, tensor in tensors.items()}
-            self._load(weights)
-            algorithm.on_evaluation(self)
+        if self.started:
+            self.averaged.enter()
 
     def leave_evaluation(self) -> None:
         """Put the training weights back."""
-        if self._parked is None:
-            return
-        parked, self._parked = self._parked, None
-        self._load(parked)
-
-    def _holds_average(self) -> bool:
-        live = dict(self.model.named_parameters())
-        return all(
-            torch.equal(live[name], weight.to(live[name]))
-            for algorithm in self._averaging
-            for name, weight in (algorithm.evaluation_weights(self) or {}).items()
-        )
+        self.averaged.leave()
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -424,14 +411,7 @@ class Run:
         Inside :meth:`evaluation` the model's file holds the averaged weights, and this the
         training weights; so the file that people load is the one to evaluate.
         """
-        return {
-            "version": _VERSION,
-            "recipe": self._recipe_text,
-            "seed": self.seed,
-            "progress": vars(self.progress).copy(),
-            "states": {a.name: a.state_dict(self) for a in self.recipe},
-            "training_weights": self._parked,
-        }
+        return checkpoint.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; the model's state dict is loaded and the run has started.
@@ -439,41 +419,7 @@ class Run:
         Raises:
             UnsupportedError: If the checkpoint is of another recipe, seed or version.
         """
-        if state.get("version") != _VERSION:
-            raise UnsupportedError(
-                f"Run: unknown checkpoint version {state.get('version')}, this is {_VERSION}; to"
-                " begin a new run, load the model's weights only"
-            )
-        if state["recipe"] != self._recipe_text or state["seed"] != self.seed:
-            raise UnsupportedError(
-                "Run: a run must go on with the recipe and seed it began with. The checkpoint has"
-                f" seed {state['seed']} and\n{state['recipe']}this run has seed {self.seed} and\n"
-                f"{self._recipe_text}To begin a new run, load the model's weights only"
-            )
-        for name in ("step", "epoch", "samples", "tokens"):
-            setattr(self.progress, name, state["progress"][name])
-        self.progress.micro_batch = 0
-        self._parked = None
-        for algorithm in self.recipe:
-            algorithm.load_state_dict(state["states"][algorithm.name], self)
-        if state["training_weights"] is not None:
-            self._load(state["training_weights"])
-
-    @torch.no_grad()
-    def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, tensor in tensors.items():
-            live[name].copy_(tensor)
-
-
-@contextlib.contextmanager
-def _kept(buffers: Iterable[Tensor]) -> Iterator[None]:
-    saved = [(buffer, buffer.clone()) for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in saved:
-            buffer.copy_(value)
+        checkpoint.restore(self, state)
 
 
 def _key_name(key: Key) -> str:

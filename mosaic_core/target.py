@@ -7,6 +7,7 @@ for it. Both leave the user's loss, metrics and model as they are.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_core.errors import LossError, UnsupportedError
-from mosaic_core.mixture import Mixture, is_known_loss, known_losses, register_loss_function
+from mosaic_core.losses import evaluate, is_known_loss, known_losses, register_loss_function
+from mosaic_core.mixture import Mixture, Receipt
 
 __all__ = ["LossProxy", "MixedTarget", "register_loss", "unconsumed"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Operations that reshape, index, convert or move labels: the mixture goes along.
-_CARRIED = frozenset(
+# Operations that reshape, index, convert or move labels: the mixture goes along. A dictionary, as
+# torch.compile up to torch 2.9 can't look into a set.
+_CARRIED = dict.fromkeys(
     {
         *(Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze),
         *(Tensor.ravel, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.select),
@@ -42,13 +45,14 @@ _CARRIED = frozenset(
 # Operations that write into the labels. A write computed from one label, such as
 # ``y[y == 255] = -100``, is wrong for the labels mixed with it: the carrier becomes a plain label,
 # and a loss that is given it leaves the mixture unconsumed, which is an error.
-_IN_PLACE = frozenset(
+_IN_PLACE = dict.fromkeys(
     getattr(Tensor, name)
     for name in dir(Tensor)
     if (name.endswith("_") and not name.startswith("_"))
     or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))  # __iadd__ beside __add__
     or name == "__setitem__"
-) - {Tensor.requires_grad_, Tensor.share_memory_}
+    if name not in ("requires_grad_", "share_memory_")
+)
 
 
 class MixedTarget(Tensor):
@@ -56,7 +60,7 @@ class MixedTarget(Tensor):
 
     Metrics, comparisons and arithmetic see the plain label and return plain tensors; views,
     indexing, conversions and moves keep the mixture; the losses of
-    :func:`mosaic_core.mixture.known_losses` compute it. Pickled, deep-copied or written into, it
+    :func:`mosaic_core.losses.known_losses` compute it. Pickled, deep-copied or written into, it
     is the plain label.
 
     Example:
@@ -75,7 +79,8 @@ class MixedTarget(Tensor):
     @staticmethod
     def of(mixture: Mixture) -> "MixedTarget":
         """Return the carrier of a mixture; it shares the memory of the plain label."""
-        target = mixture.label.as_subclass(MixedTarget)
+        # Not Tensor.as_subclass: fastai replaces it by one that shares the label's attributes.
+        target = torch._C.TensorBase.as_subclass(mixture.label, MixedTarget)
         target.mixture = mixture
         return target
 
@@ -95,7 +100,7 @@ class MixedTarget(Tensor):
                 if isinstance(target, MixedTarget):
                     options = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
                     input = kwargs["input"] if "input" in kwargs else args[0]
-                    return target.mixture.loss(func, _plain(input), args[2:], options)
+                    return evaluate(target.mixture, func, _plain(input), args[2:], options)
             elif func in _CARRIED and args and isinstance(args[0], MixedTarget):
                 rest, options = _plain(args[1:]), _plain(kwargs)
                 return _carry(args[0].mixture, lambda label: func(label, *rest, **options))
@@ -104,11 +109,15 @@ class MixedTarget(Tensor):
             return func(*_plain(args), **_plain(kwargs))
 
 
+# Tuples of classes, as torch.compile up to torch 2.9 can't trace a union of them.
+_SEQUENCES, _MAYBE_MIXED = (tuple, list), (MixedTarget, list)
+
+
 def _carry(mixture: Mixture, function: Callable[[Tensor], Any]) -> Any:
     result = function(mixture.label)
     if isinstance(result, Tensor):
         return MixedTarget.of(mixture.map(function))
-    if isinstance(result, tuple | list):
+    if isinstance(result, _SEQUENCES):
         parts = (mixture.map(_part(function, i)) for i in range(len(result)))
         return type(result)(map(MixedTarget.of, parts))
     return result  # such as the name that Tensor.type() returns
@@ -121,7 +130,7 @@ def _part(function: Callable[[Tensor], Any], i: int) -> Callable[[Tensor], Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, MixedTarget):
         return value.mixture.label
-    if isinstance(value, tuple | list) and any(isinstance(v, MixedTarget | list) for v in value):
+    if isinstance(value, _SEQUENCES) and any(isinstance(v, _MAYBE_MIXED) for v in value):
         return type(value)(_plain(v) for v in value)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -157,7 +166,7 @@ def register_loss(function: _Function) -> _Function:
     @functools.wraps(function)
     def loss(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(target, MixedTarget):
-            return target.mixture.loss(function, input, args, kwargs)
+            return evaluate(target.mixture, function, input, args, kwargs)
         return function(input, target, *args, **kwargs)
 
     return loss  # type: ignore[return-value]  # same signature, by construction
@@ -166,8 +175,10 @@ def register_loss(function: _Function) -> _Function:
 class LossProxy:
     """Stands in for a trainer's loss function and computes the mixture with it.
 
-    The user's loss is called once per component and interpolated, so any loss works; smoothing
-    sets ``label_smoothing`` of a cross entropy for the call. Attributes are those of the loss.
+    A loss that returns what a known loss such as ``F.cross_entropy`` returns is called once, with
+    a :class:`MixedTarget`, and gives what it gives in a plain loop. Any other loss is called once
+    per component and interpolated; smoothing sets ``label_smoothing`` of a cross entropy for the
+    call, also of one that the loss calls inside. Attributes are those of the loss.
 
     Args:
         loss: The user's loss, ``loss(prediction, target, ...)``.
@@ -175,7 +186,9 @@ class LossProxy:
     """
 
     def __init__(self, loss: Callable[..., Tensor], mixture: Callable[[], Mixture | None]) -> None:
-        vars(self).update(_loss=loss, _mixture=mixture)
+        # A wrapper that keeps the module it calls, as fastai's do, may strip the target's class.
+        direct = False if hasattr(loss, "func") else None  # None until it is known
+        vars(self).update(_loss=loss, _mixture=mixture, _direct=direct)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_loss", "_mixture"):  # while it is being copied
@@ -191,6 +204,15 @@ class LossProxy:
         if mixture is None or mixture.trivial:
             return self._evaluate(0.0, prediction, target, *args, **kwargs)
         mixture.receipt.consumed = True
+        if self._direct is not False:
+            receipt = Receipt(values=[])
+            carrier = MixedTarget.of(replace(mixture, receipt=receipt))
+            value: Tensor = self._loss(prediction, carrier, *args, **kwargs)
+            if any(value is known for known in receipt.values or ()):
+                vars(self)["_direct"] = True
+                return value
+            # It computes something more, perhaps on plain labels; perhaps this once.
+            vars(self)["_direct"] = self._direct or False
         total: Tensor | None = None
         for label, weight in mixture.components:
             typed = label.as_subclass(type(target))  # a trainer's own tensor type, if it has one
@@ -209,18 +231,25 @@ class LossProxy:
         loss: Callable[..., Tensor] = self._loss
         if not smoothing:
             return loss(*args, **kwargs)
-        if loss is F.cross_entropy:
-            own = kwargs.pop("label_smoothing", 0.0)
-            return loss(*args, **kwargs, label_smoothing=1 - (1 - own) * (1 - smoothing))
-        module = getattr(loss, "func", loss)  # wrappers keep the module they call there
+        module = getattr(loss, "func", loss)
         if not isinstance(module, nn.CrossEntropyLoss):
-            raise UnsupportedError(
-                "LossProxy: label smoothing is defined for a cross entropy, the loss is"
-                f" {loss!r}; take LabelSmoothing out of the recipe"
-            )
+            return self._carry(smoothing, *args, **kwargs)
         own = module.label_smoothing
         module.label_smoothing = 1 - (1 - own) * (1 - smoothing)
         try:
             return loss(*args, **kwargs)
         finally:
             module.label_smoothing = own
+
+    def _carry(
+        self, smoothing: float, prediction: Any, target: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Let the label carry the smoothing to the cross entropy that a loss calls inside."""
+        mixture = Mixture.of(target).smooth(smoothing)
+        value: Tensor = self._loss(prediction, MixedTarget.of(mixture), *args, **kwargs)
+        if not mixture.receipt.consumed:
+            raise UnsupportedError(
+                "LossProxy: label smoothing is defined for a cross entropy, the loss is"
+                f" {self._loss!r}; take LabelSmoothing out of the recipe"
+            )
+        return value

@@ -6,8 +6,8 @@ same weights and see the same data in the same order.
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,10 +60,13 @@ class History:
     Attributes:
         evaluations: One after each epoch.
         ms_per_step: Median time from the end of a step to the end of the next, in milliseconds.
+        weights: The parameters that training leaves, by their names in the workload's model, on
+            the CPU.
     """
 
     evaluations: tuple[Evaluation, ...]
     ms_per_step: float
+    weights: Mapping[str, Tensor] = field(repr=False, compare=False)
 
     @property
     def final_accuracy(self) -> float:
@@ -158,9 +161,17 @@ class Recorder:
         self._tell(self._evaluations[-1])
         self.start()
 
-    def history(self) -> History:
-        """Return what was recorded."""
-        return History(tuple(self._evaluations), 1e3 * statistics.median(self._intervals))
+    def history(self, model: nn.Module) -> History:
+        """Return what was recorded.
+
+        Args:
+            model: The workload's model as training leaves it, with the averaged weights if any.
+        """
+        return History(
+            tuple(self._evaluations),
+            1e3 * statistics.median(self._intervals),
+            {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()},
+        )
 
     def _tell(self, evaluation: Evaluation | None) -> None:
         if self._report is not None:
@@ -204,7 +215,8 @@ def train(
         recorder.pause()
         with run.evaluation():
             recorder.evaluated(epoch, _accuracy(model, evaluation_loader, device))
-    return recorder.history()
+    run.enter_evaluation()
+    return recorder.history(model)
 
 
 @torch.no_grad()
@@ -254,5 +266,6 @@ PLAIN = Adapter(
     trainers=("torch",),
     trainer=f"{__name__}:{train.__name__}",
     overhead=f"{__name__}:{overhead.__name__}",
+    precedence=100,
 )
 """The plain loop, described as an adapter that delivers everything."""

@@ -10,3 +10,4 @@ from mosaic_core.algorithms._ema import *
 from mosaic_core.algorithms._label_smoothing import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
+from mosaic_core.algorithms._sam import *

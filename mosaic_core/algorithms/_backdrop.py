@@ -200,6 +200,11 @@ class Backdrop(Algorithm):
         url="https://arxiv.org/abs/1806.01337",
     )
 
+    @classmethod
+    def example(cls) -> "Backdrop":
+        """Return one that acts on the network of the contract suites."""
+        return cls("*conv2")
+
     def __post_init__(self) -> None:
         """Check the settings; a list of patterns becomes a tuple."""
         if not isinstance(self.layers, str):

@@ -165,6 +165,11 @@ class EMA(Algorithm):
         url="https://doi.org/10.1137/0330046",
     )
 
+    @classmethod
+    def example(cls) -> "EMA":
+        """Return one that acts on the network of the contract suites."""
+        return cls("4ba")
+
     def __post_init__(self) -> None:
         """Check the settings."""
         half_life = Duration.parse(self.half_life, "EMA: half_life")

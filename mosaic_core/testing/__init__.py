@@ -1,10 +1,12 @@
-"""Contract suites for pytest: what every algorithm must hold to, for use by any distribution."""
+"""Contract suites for pytest: what algorithms and adapters must hold to, for any distribution."""
 
 import pytest
 
 # So that a failing assert in a suite shows its values, as in a test of one's own.
-pytest.register_assert_rewrite("mosaic_core.testing.algorithms")
+pytest.register_assert_rewrite("mosaic_core.testing.algorithms", "mosaic_core.testing.adapters")
 
-from mosaic_core.testing.algorithms import AlgorithmContract  # noqa: E402  # after the line above
+# After the line above.
+from mosaic_core.testing.adapters import AdapterContract, Job, Session  # noqa: E402
+from mosaic_core.testing.algorithms import AlgorithmContract  # noqa: E402
 
-__all__ = ["AlgorithmContract"]
+__all__ = ["AdapterContract", "AlgorithmContract", "Job", "Session"]

@@ -23,6 +23,7 @@ from mosaic_core.loop import train_steps
 from mosaic_core.recipe import Recipe
 from mosaic_core.run import Run
 from mosaic_core.target import MixedTarget
+from mosaic_core.testing._network import examples, network
 
 __all__ = ["AlgorithmContract"]
 
@@ -61,24 +62,11 @@ class AlgorithmContract:
 
     def make_model(self) -> nn.Module:
         """Return a new model, always with the same weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return nn.Sequential(
-                nn.Conv2d(3, 16, 3, padding=1, bias=False),
-                nn.BatchNorm2d(16),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Conv2d(16, 16, 3, stride=2, padding=1),
-                nn.BatchNorm2d(16),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(64, 5),
-            )
+        return network()
 
     def make_batch(self, index: int) -> _Batch:
         """Return a new batch, the same for the same index."""
-        g = torch.Generator().manual_seed(index)
-        return torch.randn(8, 3, 8, 8, generator=g), torch.randint(5, (8,), generator=g)
+        return examples(index)
 
     def loss(self, model: nn.Module, batch: _Batch) -> Tensor:
         """Return the loss of a transformed batch."""

@@ -6,26 +6,30 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
 from mosaic_core.testing import AlgorithmContract
 
-# Beside the defaults, or where there are none: settings that take another path.
+# Beside its own example of an algorithm: settings that take another path.
 EXAMPLES: dict[str, list[Algorithm]] = {
-    "Backdrop": [Backdrop("4"), Backdrop(("0", "4"), p=0.3, mode="patch", patch_size=2)],
-    "BlurPool": [BlurPool(), BlurPool(blur_first=False)],
+    "Backdrop": [
+        Backdrop("conv2"),
+        Backdrop(("conv1", "conv2"), p=0.3, mode="patch", patch_size=2),
+    ],
+    "BlurPool": [BlurPool(blur_first=False)],
     "EMA": [
         EMA("2ba"),
         EMA("1ep"),
         EMA(smoothing=0.9, ema_start="0.3dur", recompute_batchnorm=2),
         EMA("0.5dur", update_interval="2ba"),
     ],
-    "LabelSmoothing": [LabelSmoothing(), LabelSmoothing(0.3)],
-    "MixUp": [MixUp(), MixUp(alpha=1.0)],
+    "LabelSmoothing": [LabelSmoothing(0.3)],
+    "MixUp": [MixUp(alpha=1.0)],
+    "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
 }
 
 
 def examples_of(name: str, cls: type[Algorithm]) -> list[Algorithm]:
-    return EXAMPLES[name] if name in EXAMPLES else [cls()]
+    return [cls.example(), *EXAMPLES.get(name, [])]
 
 
 class TestEveryAlgorithm(AlgorithmContract):

@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 import pytest
 
-from mosaic_core import Algorithm, Need, Recipe, UnsupportedError, mixture, plugins
+from mosaic_core import Algorithm, Need, Recipe, UnsupportedError, losses, plugins
 from mosaic_core import algorithms as our_algorithms
 from mosaic_core.adapter import Adapter
 from mosaic_core.algorithms import EMA, MixUp
@@ -158,8 +158,8 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
     adapter = plugins.adapter("theirs")
     assert adapter.load("trainer")(4) == 2
     assert adapter.load("overhead")(0) == 1
-    (margin,) = [f for f in mixture.known_losses() if f.__name__ == "margin"]
-    mixture._LOSSES.pop(margin)
+    (margin,) = [f for f in losses.known_losses() if f.__name__ == "margin"]
+    losses._LOSSES.pop(margin)
     assert "MixUp" in plugins.algorithms()  # ours are still there
 
 

@@ -341,6 +341,15 @@ def test_the_carrier_is_the_target_or_the_run() -> None:
         by_proxy.check_loss()
 
 
+@pytest.mark.parametrize("carrier", ["loss", "Target", "", None])
+def test_an_unknown_carrier_is_refused_before_the_model_is_changed(carrier: Any) -> None:
+    model = make_net()
+    message = rf"^Run: carrier must be one of \('target', 'proxy'\), got {carrier!r}$"
+    with pytest.raises(ValueError, match=message):
+        Run([BlurPool()], model=model, carrier=carrier)
+    assert type(model.down) is nn.Conv2d
+
+
 def test_labels_that_no_algorithm_changed_stay_plain() -> None:
     run = make_run([type("Keeps", (NoOp,), {"changes_labels": True})()])
     x, y = data(0)

@@ -475,6 +475,10 @@ class TestCompile:
                 torch.testing.assert_close(a, b)
         assert len(graphs) == 1
 
+    @pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
+        reason="torch before 2.8 can't trace methods of tensor subclasses",
+    )
     def test_whole_step_is_one_graph(self):
         """Model, loss, views and accuracy together, fed by a real run."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
@@ -663,8 +667,9 @@ class TestLossProxy:
             return F.cross_entropy(input, target.as_subclass(Tensor))
 
         _, target, proxy = proxy_step(labels, loss, (MixUp(),))
-        proxy(logits, target.as_subclass(Category))
-        assert seen == [Category, Category]
+        for _ in range(2):
+            proxy(logits, target.as_subclass(Category))
+        assert seen == [MixedTarget, *[Category] * 4]  # what it does with a mixture is tried once
 
     def test_attributes_are_those_of_the_loss(self):
         focal = Focal()

@@ -1,11 +1,15 @@
-"""Workloads, and that two trainers train them to the same accuracies."""
+"""Workloads, and that all trainers train them to the same weights."""
+
+import dataclasses
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from mosaic_core import datasets, plugins
-from mosaic_core.training import PLAIN, train
+from mosaic_core import Recipe, agreement, datasets, plugins
+from mosaic_core.training import PLAIN
 from mosaic_core.workloads import DEMO_RECIPE
 
 
@@ -43,16 +47,44 @@ def test_idx_files_are_read(tmp_path):
     assert data.eval_labels.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("recipe", [(), DEMO_RECIPE], ids=["baseline", "recipe"])
-def test_every_trainer_gives_the_same_accuracies(recipe):
+@pytest.mark.slow
+def test_every_trainer_ends_with_the_same_weights():
+    adapters, output = list(plugins.adapters().values()), StringIO()
+    console = Console(file=output, width=200)
+    options = {"seed": 0, "epochs": 2, "data_dir": None, "console": console}
     workload = plugins.workload("digits")
-    plain = train(workload, recipe, epochs=3)
-    assert [e.step for e in plain.evaluations] == [15, 30, 45]
-    for adapter in plugins.adapters().values():
-        history = adapter.load("trainer")(workload, recipe, epochs=3)
-        accuracies = [e.accuracy for e in history.evaluations]
-        assert accuracies == pytest.approx([e.accuracy for e in plain.evaluations], abs=1e-6)
-        assert [e.step for e in history.evaluations] == [15, 30, 45]
+    found = agreement.train_all(adapters, workload, Recipe(DEMO_RECIPE), **options)
+    assert found.histories.keys() == {PLAIN.title, *(adapter.title for adapter in adapters)}
+    for arm in agreement.ARMS:
+        plain = found.histories[PLAIN.title][arm]
+        for title, arms in found.histories.items():
+            assert agreement.distance(arms[arm].weights, plain.weights) <= 1e-5, (title, arm)
+            assert [e.step for e in arms[arm].evaluations] == [15, 30]
+            accuracies = [e.accuracy for e in arms[arm].evaluations]
+            assert accuracies == pytest.approx([e.accuracy for e in plain.evaluations], abs=2e-3)
+    both = [found.histories[PLAIN.title][arm].weights for arm in agreement.ARMS]
+    assert agreement.distance(*both) > 0.1  # the recipe does something
+    agreement.show(found, console)
+    assert all(adapter.title in output.getvalue() for adapter in adapters)
+    assert "Largest relative difference" in output.getvalue()
+
+
+def test_distance_is_relative_and_of_the_same_names():
+    a, b = (
+        {"w": torch.tensor([3.0, 4.0]), "v": torch.ones(2)},
+        {"w": torch.zeros(2), "v": 2 * torch.ones(2)},
+    )
+    assert agreement.distance(b, a) == pytest.approx(1.0)
+    assert agreement.distance(a, a) == 0
+    with pytest.raises(ValueError, match=r"same names, got \{'v'\}"):
+        agreement.distance(a, {"w": a["w"]})
+
+
+def test_a_trainer_that_fails_says_why(monkeypatch):
+    broken = dataclasses.replace(PLAIN, title="Broken", trainer="mosaic_core.training:nothing")
+    options = {"seed": 0, "epochs": 1, "data_dir": None, "console": Console(file=StringIO())}
+    with pytest.raises(RuntimeError, match=r"Broken failed: AttributeError.*nothing"):
+        agreement.train_all([broken], plugins.workload("digits"), Recipe(), **options)
 
 
 def test_training_learns():

@@ -7,15 +7,15 @@ without calling callbacks. So four methods are shadowed by instance attributes, 
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from mosaic_core import Algorithm, Need, Recipe, Run
 from mosaic_core.batch import Key
+from mosaic_core.shadow import Shadows
 from mosaic_lightning import _second_pass
 from mosaic_lightning._checkpoint import write
-from mosaic_lightning._muted import muted
+from mosaic_lightning._muted import forward
 from mosaic_lightning._refusals import refuse_on_setup, refuse_on_start
 from mosaic_lightning._roots import Callback
 
@@ -47,7 +47,7 @@ class MosaicCallback(Callback):
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
         self.seed, self.input_key, self.target_key = seed, input_key, target_key
         self.run: Run | None = None
-        self._undo: list[Callable[[], Any]] = []
+        self._shadows = Shadows()
         self._resume: dict[str, Any] | None = None
         self._applied = self._epoch_open = False
         self._steps = 0
@@ -70,10 +70,10 @@ class MosaicCallback(Callback):
                     world_size=trainer.world_size,
                     input_key=self.input_key,
                     target_key=self.target_key,
-                    forward=functools.partial(_forward, trainer, pl_module),
+                    forward=functools.partial(forward, trainer, pl_module),
                 )
 
-        self._shadow(pl_module, "configure_model", configure_model)
+        self._shadows.put(pl_module, "configure_model", configure_model)
         save = pl_module.on_save_checkpoint
 
         @functools.wraps(save)
@@ -81,7 +81,7 @@ class MosaicCallback(Callback):
             save(checkpoint)
             self.on_save_checkpoint(trainer, pl_module, checkpoint)
 
-        self._shadow(pl_module, "on_save_checkpoint", on_save_checkpoint)
+        self._shadows.put(pl_module, "on_save_checkpoint", on_save_checkpoint)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the recipe between the transfer of a batch and the training step."""
@@ -97,10 +97,10 @@ class MosaicCallback(Callback):
             return self._live.on_batch(batch)
 
         if len(self.recipe):
-            self._shadow(owner, "on_after_batch_transfer", on_after_batch_transfer)
+            self._shadows.put(owner, "on_after_batch_transfer", on_after_batch_transfer)
         if any(Need.SECOND_PASS in algorithm.needs() for algorithm in self.recipe):
             for shadow in _second_pass.shadows(self._live, trainer, pl_module):
-                self._shadow(*shadow)
+                self._shadows.put(*shadow)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the run, or go on from a checkpoint."""
@@ -119,7 +119,7 @@ class MosaicCallback(Callback):
             run.progress.step, run.progress.epoch = trainer.global_step, trainer.current_epoch
         self._resume, self._steps = None, trainer.global_step
         for optimizer in trainer.optimizers:
-            self._undo.append(optimizer.register_step_post_hook(self._on_applied).remove)
+            self._shadows.on_undo(optimizer.register_step_post_hook(self._on_applied).remove)
 
     def _on_applied(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A gradient scaler calls optimizer.step only for finite gradients, except for fused
@@ -200,8 +200,7 @@ class MosaicCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put back everything that was shadowed."""
-        while self._undo:
-            self._undo.pop()()
+        self._shadows.undo()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put back everything that was shadowed, and the training weights."""
@@ -214,19 +213,3 @@ class MosaicCallback(Callback):
         if self.run is None:  # a hook came before configure_model
             raise RuntimeError("MosaicCallback: Lightning has not set the model up yet")
         return self.run
-
-    def _shadow(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        own = vars(owner)
-        before = own.get(name)
-        own[name] = function
-        if before is None:
-            self._undo.append(lambda: own.pop(name, None))
-        else:
-            self._undo.append(lambda: own.__setitem__(name, before))
-
-
-def _forward(trainer: Any, module: Any, batch: Any) -> None:
-    """Run the user's training step on a batch, without a trace."""
-    takes_index = len(inspect.signature(module.training_step).parameters) > 1
-    with muted(module), trainer.precision_plugin.train_step_context():
-        module.training_step(batch, *([0] if takes_index else []))

@@ -89,8 +89,9 @@ def train(
             [_Record(recorder), MosaicCallback(recipe, seed=seed)],
             max_epochs=epochs,
         )
-        trainer.fit(_Classifier(workload, seed), loader, evaluation_loader)
-    return recorder.history()
+        module = _Classifier(workload, seed)
+        trainer.fit(module, loader, evaluation_loader)
+    return recorder.history(module.model)
 
 
 class _Tiny(pl.LightningModule):

@@ -1,6 +1,6 @@
 """What the adapter tells of itself; importing this imports no trainer."""
 
-from mosaic_core.adapter import Adapter
+from mosaic_core.adapter import Adapter, Mode
 from mosaic_core.algorithm import Need
 from mosaic_core.plugins import hookimpl
 
@@ -15,4 +15,12 @@ def mosaic_adapter() -> Adapter:
         trainers=("pytorch-lightning", "lightning"),
         trainer="mosaic_lightning._workload:train",
         overhead="mosaic_lightning._workload:overhead",
+        modes=(
+            Mode("fp32"),
+            Mode("accumulation", accumulate=4),
+            Mode("bf16", precision="bf16"),
+            Mode("fp16", precision="fp16"),
+            Mode("two processes", processes=2, accumulate=2),
+        ),
+        precedence=10,
     )
