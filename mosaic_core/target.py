@@ -79,7 +79,7 @@ class MixedTarget(Tensor):
     @staticmethod
     def of(mixture: Mixture) -> "MixedTarget":
         """Return the carrier of a mixture; it shares the memory of the plain label."""
-        # Not Tensor.as_subclass: fastai replaces it by one that shares the label's attributes.
+        # Not Tensor.as_subclass: a trainer may replace it by one that shares the attributes.
         target = torch._C.TensorBase.as_subclass(mixture.label, MixedTarget)
         target.mixture = mixture
         return target
@@ -186,7 +186,7 @@ class LossProxy:
     """
 
     def __init__(self, loss: Callable[..., Tensor], mixture: Callable[[], Mixture | None]) -> None:
-        # A wrapper that keeps the module it calls, as fastai's do, may strip the target's class.
+        # A wrapper that keeps the module it calls in `func` may strip the target's class.
         direct = False if hasattr(loss, "func") else None  # None until it is known
         vars(self).update(_loss=loss, _mixture=mixture, _direct=direct)
 

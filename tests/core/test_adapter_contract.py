@@ -237,7 +237,7 @@ def _here(monkeypatch):
         raise Killed
 
     streams = random.getstate(), np.random.get_state()
-    monkeypatch.setattr(adapters, "_in_worker", here)
+    monkeypatch.setattr(adapters, "in_worker", here)
     monkeypatch.setattr(os, "kill", kill)
     with torch.random.fork_rng(devices=[]):
         yield
@@ -261,13 +261,13 @@ class InOtherProcesses(ToyContract):
 
 
 def test_cells_in_other_processes_are_trained_once_for_all_modes(tmp_path_factory, monkeypatch):
-    started, real = [], adapters._in_worker
+    started, real = [], adapters.in_worker
 
     def in_worker(suite, task, mode, folder, **options):
         started.append(task)
         return real(suite, task, mode, folder, **options)
 
-    monkeypatch.setattr(adapters, "_in_worker", in_worker)
+    monkeypatch.setattr(adapters, "in_worker", in_worker)
     for mode in TOY.modes:
         name, options = cell(mode.name, "MixUp")
         getattr(InOtherProcesses(), name)(**options, tmp_path_factory=tmp_path_factory)
@@ -276,7 +276,7 @@ def test_cells_in_other_processes_are_trained_once_for_all_modes(tmp_path_factor
 
 def test_what_fails_in_another_process_is_shown(tmp_path):
     with pytest.raises(AssertionError, match="StopIteration"):
-        adapters._in_worker(InOtherProcesses, "cells", Mode("unheard of"), tmp_path)
+        adapters.in_worker(InOtherProcesses, "cells", Mode("unheard of"), tmp_path)
 
 
 # Faults.

@@ -632,6 +632,52 @@ class TestLossProxy:
         ):
             proxy(logits, target)
 
+    def test_a_loss_that_returns_a_known_one_is_called_once(self, labels, logits):
+        calls = []
+
+        def loss(input, target):
+            calls.append(type(target))
+            return F.cross_entropy(input, target)
+
+        run, target, proxy = proxy_step(labels, loss, (MixUp(1.0), LabelSmoothing(0.1)))
+        expected = F.cross_entropy(logits, MixedTarget.of(run.mixture))
+        assert torch.equal(proxy(logits, target), expected)  # to the last bit
+        assert calls == [MixedTarget]
+
+    def test_a_loss_that_computes_more_is_interpolated(self, labels, logits):
+        """What it adds may have used the plain label."""
+
+        def loss(input, target):
+            return F.cross_entropy(input, target) + 0.5 * Focal()(input, target)
+
+        run, target, proxy = proxy_step(labels, loss, (MixUp(1.0),))
+        (own, keep), (other, lam) = run.mixture.components
+        expected = keep * loss(logits, own) + lam * loss(logits, other)
+        torch.testing.assert_close(proxy(logits, target), expected)
+        run.check_loss()
+
+    def test_smoothing_of_a_cross_entropy_inside_a_loss(self, labels, logits):
+        run, target, proxy = proxy_step(
+            labels, lambda x, y: 0.5 * F.cross_entropy(x, y), (MixUp(1.0), LabelSmoothing(0.1))
+        )
+        expected = 0.5 * F.cross_entropy(logits, MixedTarget.of(run.mixture))
+        torch.testing.assert_close(proxy(logits, target), expected)
+
+    def test_a_loss_that_computes_more_now_and_then(self, labels, logits):
+        factors, calls = [1.0, 3.0, 3.0, 3.0, 1.0], []
+
+        def loss(input, target):
+            calls.append(type(target))
+            value, factor = F.cross_entropy(input, target), factors[len(calls) - 1]
+            return value if factor == 1 else factor * value
+
+        run, target, proxy = proxy_step(labels, loss, (MixUp(1.0),))
+        plain = F.cross_entropy(logits, MixedTarget.of(run.mixture))
+        assert torch.equal(proxy(logits, target), plain)
+        torch.testing.assert_close(proxy(logits, target), 3 * plain)
+        assert torch.equal(proxy(logits, target), plain)
+        assert calls == [MixedTarget, MixedTarget, Tensor, Tensor, MixedTarget]
+
     def test_weights_per_example(self, labels, logits):
         focal = Focal(reduction="none")
         run, target, proxy = proxy_step(labels, focal, (Selection(),))
