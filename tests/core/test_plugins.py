@@ -158,7 +158,7 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
     adapter = plugins.adapter("theirs")
     assert adapter.load("trainer")(4) == 2
     assert adapter.load("overhead")(0) == 1
-    (margin,) = [f for f in losses.known_losses() if f.__name__ == "margin"]
+    (margin,) = [f for f in losses.known_losses() if getattr(f, "__name__", "") == "margin"]
     losses._LOSSES.pop(margin)
     assert "MixUp" in plugins.algorithms()  # ours are still there
 
