@@ -5,6 +5,7 @@ loggers) is none of the others' business.
 """
 
 import itertools
+import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +35,16 @@ ARMS = ("baseline", "recipe")
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Return the largest difference of one tensor between two models: ``|a - b| / |b|``, by norm.
 
+    It is infinite where one of them is not a number.
+
     Raises:
         ValueError: If their names differ.
     """
     if a.keys() != b.keys():
         raise ValueError(f"distance: a and b must have the same names, got {a.keys() ^ b.keys()}")
     pairs = ((a[name].double(), b[name].double()) for name in b)
-    return max(float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in pairs)
+    apart = [float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in pairs]
+    return math.inf if any(map(math.isnan, apart)) else max(apart)
 
 
 @dataclass(frozen=True)
