@@ -116,6 +116,11 @@ class Algorithm:
             for f in dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
         }
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether ``on_batch`` reads, moves or drops labels, though it does not mix them."""
+        return False
+
     @classmethod
     def acts_at(cls, point: str) -> bool:
         """Tell whether it overrides a point, such as ``"on_batch"``."""

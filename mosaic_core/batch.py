@@ -41,10 +41,14 @@ class Batch:
         """The mixture of labels so far.
 
         Raises:
-            TypeError: If the algorithm that asks does not declare ``changes_labels = True``.
+            TypeError: If the algorithm that asks declares neither ``changes_labels`` nor
+                ``reads_labels``.
         """
         if self._labels is None:
-            raise TypeError("Batch: an algorithm that reads labels must set changes_labels = True")
+            raise TypeError(
+                "Batch: an algorithm that touches labels must set changes_labels = True where it"
+                " mixes them, or return True from reads_labels"
+            )
         return self._labels
 
     def replace(self, input: torch.Tensor | None = None, labels: Mixture | None = None) -> "Batch":

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mosaic_core import checkpoint, random
+from mosaic_core.adoption import NewParameters
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.averaged import AveragedWeights
 from mosaic_core.batch import Batch, Key, Locator, describe
 from mosaic_core.errors import UnsupportedError
 from mosaic_core.mixture import Mixture
-from mosaic_core.parameters import Parameters, replicated_parameters
+from mosaic_core.parameters import Parameters, ReplicatedParameters, replicated_parameters
 from mosaic_core.progress import Progress
 from mosaic_core.recipe import Recipe
 from mosaic_core.second_pass import SecondPass
@@ -95,7 +96,7 @@ class Run:
             raise ValueError(f"Run: carrier must be one of {_CARRIERS}, got {carrier!r}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
         self.model, self.seed, self.rank, self.world_size = model, seed, rank, world_size
-        self.report = Report()
+        self.report, self.new_parameters = Report(), NewParameters()
         self.progress = Progress()
         self.metrics: dict[str, float | Tensor] = {}
         self.mixture: Mixture | None = None
@@ -115,7 +116,7 @@ class Run:
         self._on_gradients = acting("on_gradients")
         self._on_step_end = acting("on_step_end")
         self._on_epoch_end = acting("on_epoch_end")
-        self._labels = any(a.changes_labels for a in self.recipe)
+        self._labels = any(a.changes_labels or a.reads_labels for a in self.recipe)
         self._recent: deque[Any] = deque(maxlen=max((a.replays() for a in self.recipe), default=0))
 
         for algorithm in acting("prepare_model"):
@@ -139,6 +140,9 @@ class Run:
             optimizers: All optimizers of the run.
             total_steps: Optimizer steps of the whole run, None when unknown.
             steps_per_epoch: Optimizer steps of an epoch, None when unknown.
+
+        Raises:
+            UnsupportedError: If the optimizers do not train what surgery made new parameters for.
         """
         if self.in_evaluation and not self.averaged.held():
             self.reset()  # other weights were loaded meanwhile: they win
@@ -147,6 +151,8 @@ class Run:
         self.progress.micro_batch = 0
         self._pending.clear()
         self.parameters.start()
+        if isinstance(self.parameters, ReplicatedParameters):  # others are flat in their optimizer
+            self.new_parameters.join(optimizers)
         for optimizer in optimizers:
             if optimizer not in self.optimizers:
                 for algorithm in self.recipe:
@@ -277,9 +283,11 @@ class Run:
         if plain is not None:
             self.mixture = batch.labels
             if batch.labels is not plain:
-                self._pending.append(batch.labels)
-                carried = self._carrier == "target"
-                values["target"] = MixedTarget.of(batch.labels) if carried else batch.labels.label
+                values["target"] = batch.labels.label
+                if not batch.labels.trivial:
+                    self._pending.append(batch.labels)
+                    if self._carrier == "target":
+                        values["target"] = MixedTarget.of(batch.labels)
         return self.locator.write(whole, values)
 
     def check_loss(self) -> None:

@@ -873,7 +873,7 @@ def test_two_targets_are_refused(tmp_path):
 
     loaders = lists(data)
     loaders.n_inp = 1
-    match = "need one target that the loss compares, the batch has 2"
+    match = "needs one target that the loss compares, and the batch has 2"
     refused(tmp_path, match, dls=loaders, loss_func=loss)
     learn = learner(tmp_path, mosaic([SAM(), EMA("4ba")]), dls=loaders, loss_func=loss)
     learn.fit(1)

@@ -581,7 +581,7 @@ def test_replace_makes_the_next_batch() -> None:
 
 
 def test_labels_of_an_algorithm_that_did_not_say_it_reads_them() -> None:
-    with pytest.raises(TypeError, match=r"Batch: .* must set changes_labels = True"):
+    with pytest.raises(TypeError, match=r"Batch: .* must set changes_labels"):
         _ = Batch(X).labels
 
 

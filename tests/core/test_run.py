@@ -991,3 +991,32 @@ def test_a_changed_length_of_the_run_is_taken_from_the_new_run() -> None:
     run = make_run([EMA("0.5dur")], total_steps=40)
     run.load_state_dict(saved.state_dict())
     assert (run.progress.step, run.progress.total_steps) == (2, 40)
+
+
+@dataclass(frozen=True)
+class Flip(NoOp):
+    """Moves inputs and labels alike, and mixes nothing."""
+
+    place = Place.AUGMENTATION
+
+    @property
+    def reads_labels(self):
+        return True
+
+    def on_batch(self, batch, run):
+        return batch.replace(batch.input.flip(0), batch.labels.map(lambda label: label.flip(0)))
+
+
+def test_moved_labels_stay_plain_tensors():
+    run = make_run([Flip()])
+    _, y = run.on_batch(torch.arange(8.0).view(4, 2), torch.arange(4))
+    assert type(y) is torch.Tensor
+    assert y.tolist() == [3, 2, 1, 0]
+    run.check_loss()  # nothing was mixed, so any loss will do
+
+
+def test_moved_labels_may_be_mixed_afterwards():
+    run = make_run([LabelSmoothing(0.1), Flip()])
+    _, y = run.on_batch(torch.arange(8.0).view(4, 2), torch.arange(4))
+    assert isinstance(y, MixedTarget)
+    assert y.tolist() == [3, 2, 1, 0]

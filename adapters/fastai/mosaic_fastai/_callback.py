@@ -48,7 +48,8 @@ class MosaicCallback(Belonging):
         target_key: Key | None = None,
     ) -> None:
         super().__init__(recipe, seed, input_key, target_key)
-        self._mixes = any(algorithm.changes_labels for algorithm in self.recipe)
+        self._mixes = any(a.changes_labels for a in self.recipe)
+        self._labels = any(a.changes_labels or a.reads_labels for a in self.recipe)
         self._two_pass = any(Need.SECOND_PASS in algorithm.needs() for algorithm in self.recipe)
 
     # Before training.
@@ -84,7 +85,7 @@ class MosaicCallback(Belonging):
     def before_batch(self) -> None:
         """Transform a micro-batch."""
         self._inputs = len(self._learn.xb)
-        transform(self._live, self._learn, self._mixes)
+        transform(self._live, self._learn, self._labels)
 
     def after_cancel_batch(self) -> None:
         """Forget the labels of a batch whose loss was perhaps not computed."""

@@ -50,21 +50,21 @@ def begin(run: Run, learn: Any, resume: dict[str, Any] | None, made: Collection[
         run.progress.step, run.progress.epoch = done, learn.epoch
 
 
-def transform(run: Run, learn: Any, mixes: bool) -> None:
+def transform(run: Run, learn: Any, labels: bool) -> None:
     """Transform the Learner's micro-batch, on the device and outside autocast.
 
     Args:
         run: The run.
         learn: The Learner; MixedPrecision has entered autocast.
-        mixes: Whether labels may be mixed.
+        labels: Whether the recipe touches labels.
 
     Raises:
-        UnsupportedError: If labels are to be mixed and the loss takes other than one target.
+        UnsupportedError: If the recipe touches labels and the loss takes other than one target.
     """
-    if mixes and len(learn.yb) != 1:
+    if labels and len(learn.yb) != 1:
         raise UnsupportedError(
-            "mosaic: mixed labels need one target that the loss compares, the batch has"
-            f" {len(learn.yb)}; take the algorithms that change labels out of the recipe"
+            "mosaic: the recipe touches labels, which needs one target that the loss compares, and"
+            f" the batch has {len(learn.yb)}; take the algorithms that do out of the recipe"
         )
     inputs = len(learn.xb)
     kind = next(learn.model.parameters()).device.type
