@@ -44,7 +44,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
         raise ValueError(f"distance: a and b must have the same names, got {a.keys() ^ b.keys()}")
     pairs = ((a[name].double(), b[name].double()) for name in b)
     apart = [float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in pairs]
-    return math.inf if any(map(math.isnan, apart)) else max(apart)
+    return math.inf if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ __all__ = [
     "average_gradients",
     "by_hand",
     "copied",
-    "difference",
     "digest",
     "first_layer",
     "interpolated",
@@ -65,16 +64,6 @@ class Kill:
 def first_layer(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the first layer of the network inside a wrapped model, which every forward runs."""
     return next((n, m) for n, m in model.named_modules() if n.split(".")[-1] == "conv1")
-
-
-def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Return the largest relative difference, by norm, of two sets of tensors of the same names."""
-    if a.keys() != b.keys():
-        raise ValueError(f"difference: the names must be the same, got {a.keys() ^ b.keys()}")
-    pairs = ((a[name].double(), b[name].double()) for name in b)
-    values = [float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in pairs]
-    worst = max(values, default=0.0)
-    return float("inf") if any(value != value for value in values) else worst
 
 
 def copied(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mosaic_core import plugins
 from mosaic_core.adapter import Adapter, Mode
+from mosaic_core.agreement import distance
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.algorithms import EMA, SAM, BlurPool, ChannelsLast, LabelSmoothing, MixUp
 from mosaic_core.errors import LossError, UnsupportedError
@@ -34,7 +35,6 @@ from mosaic_core.testing._measures import (
     attributes,
     average_gradients,
     copied,
-    difference,
     digest,
     first_layer,
     interpolated,
@@ -184,7 +184,7 @@ class AdapterContract:
         try:
             ours = self.train(job)
         except UnsupportedError as error:
-            moved = difference(copied(dict(job.model.named_parameters())), before)
+            moved = distance(copied(dict(job.model.named_parameters())), before)
             return Outcome(refused=str(error), weights=moved)
         expected = self.train_plain(self.job(recipe, mode, folder, **options))
         without = self.train_plain(self.job((), mode, folder, **options))
@@ -193,11 +193,11 @@ class AdapterContract:
             for trained in (ours, expected, without):
                 trained.weights = {n: w for n, w in trained.weights.items() if n in names}
         return Outcome(
-            weights=difference(ours.weights, expected.weights),
-            averaged=difference(ours.averaged, expected.averaged),
+            weights=distance(ours.weights, expected.weights),
+            averaged=distance(ours.averaged, expected.averaged),
             effect=max(
-                difference(without.weights, {n: expected.weights[n] for n in without.weights}),
-                difference(expected.averaged, without.averaged),
+                distance(without.weights, {n: expected.weights[n] for n in without.weights}),
+                distance(expected.averaged, without.averaged),
             ),
         )
 
@@ -283,8 +283,8 @@ class AdapterContract:
         ours = self.train(self.job(algorithms, mode, folder, **options))
         plain = self.train_plain(self.job(algorithms or (), mode, folder, **options))
         return {
-            "weights": difference(ours.weights, plain.weights),
-            "averaged": difference(ours.averaged, plain.averaged),
+            "weights": distance(ours.weights, plain.weights),
+            "averaged": distance(ours.averaged, plain.averaged),
         }
 
     def test_global_stream_is_left_alone(self, tmp_path: Path) -> None:
@@ -317,13 +317,13 @@ class AdapterContract:
         try:
             ours = self.train(job)
         except LossError:
-            moved = difference(copied(dict(job.model.named_parameters())), before)
+            moved = distance(copied(dict(job.model.named_parameters())), before)
             return {"raised": True, "weights": moved}
         interpolating: Any = interpolated
         plain = self.job([MixUp()], mode, folder, loss=interpolating)
         return {
             "raised": False,
-            "weights": difference(ours.weights, self.train_plain(plain).weights),
+            "weights": distance(ours.weights, self.train_plain(plain).weights),
         }
 
     def test_evaluation_sees_plain_batches_and_averaged_weights(self, tmp_path: Path) -> None:
@@ -355,12 +355,12 @@ class AdapterContract:
             "targets": len(targets) == len(expected)
             and all(torch.equal(t, evaluation[i % 2][1]) for i, t in enumerate(targets)),
             "seen": max(
-                difference({"": weight}, {"": wanted})
+                distance({"": weight}, {"": wanted})
                 for (_, weight), wanted in zip(watched, expected, strict=True)
             ),
-            "weights": difference(ours.weights, plain.weights),
-            "averaged": difference(ours.averaged, plain.averaged),
-            "left": difference({n: ours.left[n] for n in plain.averaged}, plain.averaged),
+            "weights": distance(ours.weights, plain.weights),
+            "averaged": distance(ours.averaged, plain.averaged),
+            "left": distance({n: ours.left[n] for n in plain.averaged}, plain.averaged),
         }
 
     @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

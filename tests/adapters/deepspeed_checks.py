@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mosaic_core import Algorithm, LossError, Place, Recipe, Run, UnsupportedError
+from mosaic_core.agreement import distance
 from mosaic_core.algorithms import EMA, SAM, BlurPool, LabelSmoothing, MixUp
 from mosaic_core.loop import train_steps
 from mosaic_core.testing._jobs import Loss
-from mosaic_core.testing._measures import difference
 from mosaic_core.testing._network import examples, network
 from mosaic_core.testing.adapters import FULL
 
@@ -118,10 +118,10 @@ def plain(recipe, first, count, net=None, **options):
 def same(engine, run):
     """Compare training and averaged weights with those of a plain run, to 1e-6."""
     ours, theirs = gathered(engine.module), dict(run.model.state_dict())
-    assert difference(ours, theirs) <= 1e-6, difference(ours, theirs)
+    assert distance(ours, theirs) <= 1e-6, distance(ours, theirs)
     with engine.mosaic.evaluation(), run.evaluation():
         ours, theirs = gathered(engine.module), dict(run.model.state_dict())
-        assert difference(ours, theirs) <= 1e-6, difference(ours, theirs)
+        assert distance(ours, theirs) <= 1e-6, distance(ours, theirs)
 
 
 def exact(recipe, mode, contract=TestDeepSpeed, **options):
@@ -270,7 +270,7 @@ def a_loss_that_ignores_the_mixture_raises():
             engine.step() if direct else engine.backward(loss)
         names = [name for name, _ in engine.module.named_parameters()]
         after = gathered(engine.module)
-        assert difference({n: after[n] for n in names}, {n: before[n] for n in names}) == 0
+        assert distance({n: after[n] for n in names}, {n: before[n] for n in names}) == 0
 
 
 # Two passes.
@@ -401,7 +401,7 @@ def the_weights_are_not_read_between_two_passes():
         loop()
     after = gathered(engine.module)
     names = [name for name, _ in engine.module.named_parameters()]
-    assert difference({n: moved[n] for n in names}, {n: before[n] for n in names}) > 1e-4
+    assert distance({n: moved[n] for n in names}, {n: before[n] for n in names}) > 1e-4
     assert all(torch.equal(after[n], before[n]) for n in names)
 
 
@@ -465,7 +465,7 @@ def a_parameter_that_the_second_pass_does_not_use_has_no_gradient():
         found.append(gathered(net))
     first = OnceOfTwice().state_dict()
     assert all(torch.equal(weights["second.weight"], first["second.weight"]) for weights in found)
-    assert all(difference(weights, found[0]) <= 1e-6 for weights in found)
+    assert all(distance(weights, found[0]) <= 1e-6 for weights in found)
 
 
 @check(TWO)
@@ -612,7 +612,7 @@ def evaluation_computes_with_averaged_weights():
         other.load_state_dict(averaged)
         with torch.no_grad():
             assert torch.equal(ours, other(x))
-        assert difference(raw, averaged) > 1e-4
+        assert distance(raw, averaged) > 1e-4
         back = gathered(engine.module)
         assert all(torch.equal(back[n], raw[n]) for n in raw)
 
@@ -642,7 +642,7 @@ def a_recipe_can_be_attached():
         same(engine, run)
         handle.detach()
         with run.evaluation():
-            assert difference(gathered(engine.module), run.model.state_dict()) <= 1e-6
+            assert distance(gathered(engine.module), run.model.state_dict()) <= 1e-6
         assert "mosaic" not in vars(engine)
         mosaic_deepspeed.attach(engine, run=handle.run, total_steps=20)  # goes on from its own
         same(engine, run)
@@ -803,7 +803,7 @@ def a_checkpoint_that_would_not_be_exact_is_refused_before_it_is_loaded():
         again.load_checkpoint(where)
     again.load_checkpoint(where, load_module_only=True)  # a new run, from the averaged weights
     assert again.mosaic.run.progress.step == again.global_steps
-    assert difference(gathered(again.module), gathered(engine.module)) > 1e-4
+    assert distance(gathered(again.module), gathered(engine.module)) > 1e-4
     train(again, 0, 2)
 
 
@@ -834,7 +834,7 @@ def a_checkpoint_without_mosaic_begins_a_run():
     train(other, 0, 1)
     other.load_checkpoint(where)
     assert other.mosaic.run.progress.step == 3
-    assert difference(gathered(other.module), gathered(engine.module)) == 0
+    assert distance(gathered(other.module), gathered(engine.module)) == 0
     assert other.load_checkpoint(folder()) == (None, None)
     train(other, 3, 2)
 

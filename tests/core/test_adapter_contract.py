@@ -640,13 +640,3 @@ def test_a_suite_without_an_adapter_is_refused():
 def test_an_adapter_that_is_not_registered_is_named():
     with pytest.raises(LookupError, match="no adapter for trainer 'toy' is installed"):
         _ = AdapterContract.described.fget(ToyContract())
-
-
-def test_differences():
-    one = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2)}
-    assert adapters.difference(one, one) == 0
-    assert adapters.difference({**one, "a": torch.tensor([3.0, 4.5])}, one) == pytest.approx(0.1)
-    assert adapters.difference({**one, "a": torch.full((2,), torch.nan)}, one) == torch.inf
-    assert adapters.difference({}, {}) == 0
-    with pytest.raises(ValueError, match=r"difference: the names must be the same, got \{'b'\}"):
-        adapters.difference({"a": one["a"]}, one)

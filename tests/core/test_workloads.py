@@ -76,6 +76,7 @@ def test_distance_is_relative_and_of_the_same_names():
     )
     assert agreement.distance(b, a) == pytest.approx(1.0)
     assert agreement.distance(a, a) == 0
+    assert agreement.distance({}, {}) == 0
     assert agreement.distance({**a, "v": torch.full((2,), torch.nan)}, a) == float("inf")
     with pytest.raises(ValueError, match=r"same names, got \{'v'\}"):
         agreement.distance(a, {"w": a["w"]})

@@ -13,7 +13,8 @@ from typing import Any
 from mosaic_core import Algorithm, Need, Recipe, Run
 from mosaic_core.batch import Key
 from mosaic_core.shadow import Shadows
-from mosaic_lightning import _second_pass
+from mosaic_core.stepped import Stepped
+from mosaic_lightning import _second_pass, _transfer
 from mosaic_lightning._checkpoint import write
 from mosaic_lightning._muted import forward
 from mosaic_lightning._refusals import refuse_on_setup, refuse_on_start
@@ -49,7 +50,7 @@ class MosaicCallback(Callback):
         self.run: Run | None = None
         self._shadows = Shadows()
         self._resume: dict[str, Any] | None = None
-        self._applied = self._epoch_open = False
+        self._stepped, self._epoch_open = Stepped(), False
         self._steps = 0
 
     # Before training.
@@ -85,19 +86,8 @@ class MosaicCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the recipe between the transfer of a batch and the training step."""
-        owner = trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
-        transfer = owner.on_after_batch_transfer
-
-        @functools.wraps(transfer)  # Lightning still sees whether the user overrode it
-        def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
-            batch = transfer(batch, dataloader_idx)
-            if not trainer.training or batch is None:
-                return batch
-            self._live.skip_batch()  # where on_train_batch_start skipped the last one
-            return self._live.on_batch(batch)
-
         if len(self.recipe):
-            self._shadows.put(owner, "on_after_batch_transfer", on_after_batch_transfer)
+            self._shadows.put(*_transfer.shadow(self._live, trainer))
         if any(Need.SECOND_PASS in algorithm.needs() for algorithm in self.recipe):
             for shadow in _second_pass.shadows(self._live, trainer, pl_module):
                 self._shadows.put(*shadow)
@@ -119,13 +109,7 @@ class MosaicCallback(Callback):
             run.progress.step, run.progress.epoch = trainer.global_step, trainer.current_epoch
         self._resume, self._steps = None, trainer.global_step
         for optimizer in trainer.optimizers:
-            self._shadows.on_undo(optimizer.register_step_post_hook(self._on_applied).remove)
-
-    def _on_applied(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # A gradient scaler calls optimizer.step only for finite gradients, except for fused
-        # optimizers, which it tells on the device.
-        found_inf = getattr(optimizer, "found_inf", None)
-        self._applied = found_inf is None or not found_inf.item()
+            self._shadows.on_undo(self._stepped.watch(optimizer))
 
     # Training.
 
@@ -151,8 +135,7 @@ class MosaicCallback(Callback):
             run.check_loss()
         if trainer.global_step != self._steps:
             self._steps = trainer.global_step
-            run.end_step(self._applied)
-            self._applied = False
+            run.end_step(self._stepped.take())
             if run.metrics and trainer.global_step % trainer.log_every_n_steps == 0:
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 values = {name: float(value) for name, value in run.metrics.items()}
