@@ -738,7 +738,6 @@ def test_data_parallel_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "match"),
     [
-        ("is_deepspeed_enabled", r"step inside backward.*mosaic_deepspeed.initialize"),
         ("is_fsdp_enabled", "FSDP shards the parameters.*DDP"),
         ("is_distributed_loading_by_transformers", r"parallelism shard the model.*DDP"),
         ("is_model_parallel", "spread over several devices.*DDP"),

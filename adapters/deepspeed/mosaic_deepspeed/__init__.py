@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from mosaic_deepspeed._handle import Handle
     from mosaic_deepspeed._initialize import attach, initialize
     from mosaic_deepspeed._layout import plain_layout
+    from mosaic_deepspeed._refusals import refuse_config
 
-__all__ = ["Handle", "attach", "initialize", "plain_layout"]
+__all__ = ["Handle", "attach", "initialize", "plain_layout", "refuse_config"]
 
 _HOMES = {
     "Handle": "_handle",
     "attach": "_initialize",
     "initialize": "_initialize",
     "plain_layout": "_layout",
+    "refuse_config": "_refusals",
 }
 
 

@@ -26,6 +26,7 @@ class Handle:
 
     Attributes:
         run: The run.
+        replay: Runs a window forward and backward again; None leaves that to the loader.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Handle:
         steps_per_epoch: int | None,
         replay: Callable[[], Any] | None,
     ) -> None:
-        self.run, self._engine, self._replay = run, engine, replay
+        self.run, self._engine, self.replay = run, engine, replay
         self._reads = any(Need.BATCH in a.needs() or a.replays() for a in run.recipe)
         self._settle = any(Need.GRADIENTS in a.needs() for a in run.recipe) and getattr(
             run.parameters, "settle", None
@@ -45,7 +46,7 @@ class Handle:
         self._second_pass, self._shadows = SecondPass(engine, run), Shadows()
         self._start = functools.partial(
             run.start,
-            [engine.basic_optimizer],
+            [] if engine.basic_optimizer is None else [engine.basic_optimizer],
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
         )
@@ -91,11 +92,11 @@ class Handle:
                 ``engine.backward(loss)`` and ``engine.step()``, the last of which does nothing.
                 Only two-pass algorithms need it.
         """
-        before, self._replay = self._replay, closure or self._replay
+        before, self.replay = self.replay, closure or self.replay
         try:
             self._engine.step()
         finally:
-            self._replay = before
+            self.replay = before
 
     def end_epoch(self) -> None:
         """Tell of the end of an epoch, before its evaluation; the loader does it by itself."""
@@ -108,7 +109,7 @@ class Handle:
 
     def detach(self) -> None:
         """End training: undo all changes of the engine; the model keeps the averaged weights."""
-        self._detach()
+        self.release()
         self.run.enter_evaluation()
 
     def __enter__(self) -> "Handle":
@@ -118,10 +119,11 @@ class Handle:
         if error is None:
             self.detach()
         else:
-            self._detach()
+            self.release()
             self.run.leave_evaluation()
 
-    def _detach(self) -> None:
+    def release(self) -> None:
+        """Undo all changes of the engine, and leave the weights as they are."""
         self._shadows.undo()
         self._second_pass.abandon()
 
@@ -166,9 +168,9 @@ class Handle:
         if second_pass.running:
             second_pass.end()
         elif run.two_passes.due:
-            if self._replay is None:
+            if self.replay is None:
                 return second_pass.begin()
-            second_pass.run(self._replay)
+            second_pass.run(self.replay)
         run.on_gradients()
         if self._settle:
             self._settle()

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from mosaic_core import Algorithm, Recipe, Run, UnsupportedError
 from mosaic_core.batch import Key
 from mosaic_core.shadow import Shadows
-from mosaic_hf import _checkpoint, _evaluation, _reach
+from mosaic_hf import _checkpoint, _deepspeed, _evaluation, _reach
+from mosaic_hf._engines import start
 from mosaic_hf._refusals import refuse
 from mosaic_hf._step import Steps
 
@@ -78,6 +79,8 @@ class MosaicCallback(TrainerCallback):
         self._change(trainer.model, trainer.optimizer is not None)
         self._guard(trainer, "_inner_training_loop")
         self._guarded = True
+        if _deepspeed.trains(self.recipe, trainer):
+            _deepspeed.prepare(trainer, self._shadows, lambda: self._live)
         if trainer.model_init is not None:
             change = functools.partial(self._change, has_optimizer=False)
             self._shadows.put(trainer, "model_init", _reach.changed(trainer.model_init, change))
@@ -91,29 +94,19 @@ class MosaicCallback(TrainerCallback):
         trainer = _reach.calling_trainer(self, self._trainer)
         refuse(self.recipe, trainer, self)
         if not self._guarded or trainer is not self._trainer:
+            _deepspeed.refuse_late(self.recipe, trainer)
             # Added late, or training again: the loop is running, so what it calls is guarded.
             self._release()
             self._trainer = trainer
             for owner, name in _reach.called_by(trainer, self):
                 self._guard(owner, name)
         self._change(trainer.model, True)
-        run, folder = self._live, _reach.resumed_from(trainer)
-        if folder is not None:
-            run.reset()
-        fresh, optimizer = not run.started, _reach.bare_optimizer(trainer.optimizer)
-        loader = kwargs.get("train_dataloader")
-        run.start(
-            [optimizer],
-            total_steps=state.max_steps,
-            steps_per_epoch=_reach.steps_per_epoch(loader, args.gradient_accumulation_steps),
-        )
-        if not _checkpoint.load_run(run, folder) and fresh:  # perhaps from one without mosaic
-            run.progress.step, run.progress.epoch = state.global_step, int(state.epoch or 0)
+        steps = start(self._live, trainer, kwargs.get("train_dataloader"))
         if len(self.recipe):
-            self._steps = steps = Steps(run, trainer)
-            for shadow in (*steps.shadows(), *_evaluation.shadows(run, trainer, steps)):
+            self._steps = steps
+            steps.install(self._shadows)
+            for shadow in _evaluation.shadows(self._live, trainer, steps):
                 self._shadows.put(*shadow)
-            self._shadows.on_undo(optimizer.register_step_post_hook(steps.on_applied).remove)
 
     def _change(self, model: nn.Module, has_optimizer: bool) -> None:
         """Make the run of a model, and with it the surgery, unless it has been made."""
@@ -129,6 +122,7 @@ class MosaicCallback(TrainerCallback):
             input_key=self.input_key,
             target_key=self.target_key,
             forward=self._forward,
+            parameters=_deepspeed.parameters(self._trainer),
         )
         if has_optimizer and before != set(map(id, model.parameters())):
             raise UnsupportedError(
@@ -156,7 +150,10 @@ class MosaicCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step, and close an epoch before it is evaluated or saved."""
-        self._live.end_step(applied=self._steps is None or self._steps.end())
+        if self._steps is None:
+            self._live.end_step()
+        else:
+            self._steps.end()
         if state.epoch == int(state.epoch):  # the last step of an epoch
             self._close_epoch()
 

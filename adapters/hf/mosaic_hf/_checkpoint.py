@@ -31,9 +31,8 @@ def load_run(run: Run, folder: str | None) -> bool:
     return True
 
 
-def saved_state(run: Run, model: nn.Module) -> dict[str, Any]:
-    """Return the state dict to save: contiguous, as safetensors asks, and with the sentinel."""
-    state = model.state_dict()
+def saved_state(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict to save: contiguous, as safetensors asks, and with the sentinel."""
     contiguous = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in state.items()}
     return {**contiguous, **sentinel(run.report, _LOAD_WITH)}
 

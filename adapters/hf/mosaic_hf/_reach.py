@@ -26,6 +26,7 @@ __all__ = [
     "guarded",
     "resumed_from",
     "steps_per_epoch",
+    "training_loader",
 ]
 
 # What the training loop calls, one after the other; 5.0 has one method instead of the first two.
@@ -64,11 +65,20 @@ def calling_trainer(callback: Any, known: Any = None) -> Any:
 
 def resumed_from(trainer: Any) -> str | None:
     """Return the checkpoint folder from which the running training goes on, None for none."""
+    folder: str | None = _of_loop(trainer, "resume_from_checkpoint")
+    return folder
+
+
+def training_loader(trainer: Any) -> Any:
+    """Return the loader of the running training, None if it was not found."""
+    return _of_loop(trainer, "train_dataloader")
+
+
+def _of_loop(trainer: Any, name: str) -> Any:
     for frame in _callers():
         # The Trainer's own method, also where a subclass or a shadow calls it.
         if frame.f_code.co_name == "_inner_training_loop" and frame.f_locals.get("self") is trainer:
-            folder: str | None = frame.f_locals.get("resume_from_checkpoint")
-            return folder
+            return frame.f_locals.get(name)
     return None
 
 

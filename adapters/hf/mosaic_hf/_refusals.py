@@ -42,7 +42,7 @@ def refuse(recipe: Recipe, trainer: Any, callback: Any) -> None:
             " model in every forward and splits the batch after it was mixed; start one process"
             " for each device with torchrun, or make one device visible"
         )
-    refuse_engine(trainer)
+    refuse_engine(recipe, trainer)
 
 
 def _refuse_features(recipe: Recipe, args: Any) -> None:

@@ -13,12 +13,14 @@ Trainer's, and ``grad_norm`` in its logs is that of the gradients the algorithms
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from mosaic_core import LossError, Need, Run
+from mosaic_core.shadow import Shadows
+from mosaic_core.stepped import Stepped
+from mosaic_hf._reach import bare_optimizer
 
 __all__ = ["Steps"]
 
@@ -47,36 +49,41 @@ class Steps:
         self._two_pass = any(Need.SECOND_PASS in a.needs() for a in run.recipe)
         self._window: list[tuple[Any, Any, tuple[Any, ...]]] = []
         self._given: Any = None
-        self._acted = self._applied = False
+        self._acted, self._stepped = False, Stepped()
         self.replaying = False
 
-    def shadows(self) -> list[tuple[Any, str, Callable[..., Any]]]:
-        """Return what to shadow: owner, method name, and the function to put there."""
-        return [
-            (self._trainer, "training_step", self._training_step),
-            (self._trainer, "_prepare_inputs", self._prepare_inputs),
-            (self._trainer.accelerator, "unscale_gradients", self._unscale_gradients),
-        ]
+    def install(self, shadows: Shadows) -> None:
+        """Put everything where the Trainer calls it."""
+        self._install(shadows)
+        shadows.put(self._trainer.accelerator, "unscale_gradients", self._unscale_gradients)
+        shadows.on_undo(self._stepped.watch(bare_optimizer(self._trainer.optimizer)))
+
+    def _install(self, shadows: Shadows) -> None:
+        shadows.put(self._trainer, "training_step", self._training_step)
+        shadows.put(self._trainer, "_prepare_inputs", self._prepare_inputs)
 
     def _training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         if not model.training:  # after an evaluation; training_step itself sets it later
             model.train()
         rest = (*rest, *named.values())  # num_items_in_batch, if anything
         inputs = self._prepare(inputs)
-        batch = self._run.on_batch(inputs)
+        batch = self._transform(inputs)
         share = _kept_share(inputs, batch)
         if share != 1 and rest and rest[0] is not None:
             rest = (rest[0] * share, *rest[1:])
         if self._two_pass:
             self._window.append((model, batch, rest))
-        loss = self._run_on(model, batch, rest)
         try:
+            loss = self._run_on(model, batch, rest)
             self._run.check_loss()
         except LossError as error:
             if self._trainer.args.torch_compile:
                 error.add_note(_COMPILED)
             raise
         return loss
+
+    def _transform(self, inputs: Any) -> Any:
+        return self._run.on_batch(inputs)
 
     def _run_on(self, model: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
         self._given = copy.copy(batch)  # compute_loss takes the labels out of it
@@ -102,33 +109,29 @@ class Steps:
         self._run.on_gradients()
 
     def _run_again(self) -> None:
-        accelerator = self._trainer.accelerator
         self.replaying = True
         try:
             for i, (model, batch, rest) in enumerate(self._window):
-                last = i == len(self._window) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                with self._in_window(model, last=i == len(self._window) - 1):
                     self._run_on(model, batch, rest)
         finally:
             self.replaying = False
+
+    def _in_window(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Reduce gradients over the processes for the last micro-batch alone."""
+        accelerator = self._trainer.accelerator
+        return contextlib.nullcontext() if last else accelerator.no_sync(model)
 
     def before_optimizer(self) -> None:
         """Act on the gradients where the Trainer neither clipped nor measured them."""
         if not self._acted:
             self._unscale_gradients()
 
-    def on_applied(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Note that the optimizer stepped: a hook on it."""
-        # A gradient scaler calls optimizer.step only for finite gradients, except for fused
-        # optimizers, which it tells on the device.
-        found_inf = getattr(optimizer, "found_inf", None)
-        self._applied = found_inf is None or not found_inf.item()
-
-    def end(self) -> bool:
-        """Forget the window, and tell whether the optimizer has stepped."""
-        applied, self._acted, self._applied = self._applied, False, False
+    def end(self) -> None:
+        """Count a step, which a gradient scaler may have skipped."""
+        self._acted = False
         self._window.clear()
-        return applied
+        self._run.end_step(applied=self._stepped.take())
 
     def forward(self, batch: Any) -> None:
         """Run the model on a training batch, as the Trainer does, and log nothing of it."""
