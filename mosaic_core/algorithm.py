@@ -21,6 +21,7 @@ class Need(StrEnum):
 
     SURGERY = "graph surgery"
     OPTIMIZER = "optimizer"
+    SELECTION = "selection of examples"
     BATCH = "batch"
     LOSS = "loss"
     GRADIENTS = "gradients"
@@ -130,14 +131,18 @@ class Algorithm:
     def needs(cls) -> frozenset[Need]:
         """What it needs of a trainer, derived from the points it overrides."""
         found = {need for point, need in _POINTS.items() if cls.acts_at(point)}
-        return frozenset(found | ({Need.LOSS} if cls.changes_labels else set()))
+        if cls.changes_labels:
+            found.add(Need.LOSS)
+        if cls.acts_at("on_batch") and cls.place is Place.SELECTION:
+            found.add(Need.SELECTION)
+        return frozenset(found)
 
     @classmethod
     def example(cls) -> "Algorithm":
         """Return an instance for the contract suites, which train it on a small network.
 
         It acts within the first three steps; the network's layers are called ``conv1``,
-        ``norm1``, ``conv2``, ``norm2`` and ``head``, perhaps inside another module.
+        ``norm1``, ``conv2``, ``norm2``, ``drop`` and ``head``, perhaps inside another module.
         """
         return cls()
 

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "generator", "to_device", "uniform"]
+__all__ = ["derive_seed", "generator", "to_device", "uniform", "uniform_at"]
 
 
 def derive_seed(*key: int | str) -> int:
@@ -34,9 +34,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def uniform(shape: tuple[int, ...], seed: Tensor, device: torch.device) -> Tensor:
     """Draw float32 uniforms in [0, 1) that depend on a seed tensor and the position alone.
 
-    A counter hashed twice by multiply-and-shift: the same numbers on every device and in every
-    recomputation, and traceable by ``torch.compile``, which a generator is not.
-
     Args:
         shape: Shape of the result.
         seed: int64, shape ``()``, in [0, 2**63); on ``device`` or on the CPU.
@@ -48,12 +45,27 @@ def uniform(shape: tuple[int, ...], seed: Tensor, device: torch.device) -> Tenso
     count = 1
     for size in shape:
         count *= size
-    bits = torch.arange(count, device=device, dtype=torch.int64)
-    mask = 0xFFFFFFFF  # 32-bit words in int64: the products below never overflow
+    return uniform_at(torch.arange(count, device=device, dtype=torch.int64), seed).reshape(shape)
+
+
+def uniform_at(positions: Tensor, seed: Tensor) -> Tensor:
+    """Draw the float32 uniforms of :func:`uniform` at some positions.
+
+    A counter hashed thrice by multiply-and-shift: the same numbers on every device and in every
+    recomputation, and traceable by ``torch.compile``, which a generator is not.
+
+    Args:
+        positions: int64, of any shape; what exceeds 32 bits is cut off.
+        seed: int64, shape ``()``, in [0, 2**63); on the same device or on the CPU.
+
+    Returns:
+        A new float32 tensor of the shape of ``positions``.
+    """
+    bits, mask = positions, 0xFFFFFFFF  # 32-bit words in int64: the products never overflow
     low, high = seed & mask, (seed >> 32) & mask
     for word in (low, high, low):
         bits = (bits ^ word) & mask
         bits = ((bits >> 16) ^ bits) * 0x45D9F3B & mask
         bits = ((bits >> 15) ^ bits) * 0x2C1B3C6D & mask
         bits = (bits >> 16) ^ bits
-    return ((bits >> 8).to(torch.float32) / (1 << 24)).reshape(shape)
+    return (bits >> 8).to(torch.float32) / (1 << 24)

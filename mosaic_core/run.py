@@ -25,7 +25,7 @@ from mosaic_core import checkpoint, random
 from mosaic_core.adoption import NewParameters
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.averaged import AveragedWeights
-from mosaic_core.batch import Batch, Key, Locator, describe
+from mosaic_core.batch import Batch, Key, Locator, describe, select_examples
 from mosaic_core.errors import UnsupportedError
 from mosaic_core.mixture import Mixture
 from mosaic_core.parameters import Parameters, ReplicatedParameters, replicated_parameters
@@ -57,7 +57,8 @@ class Run:
         target_key: The same of the target.
         carrier: ``"target"`` lets the target carry a mixture of labels to the loss;
             ``"proxy"`` leaves the labels plain and the mixture in ``run.mixture``.
-        forward: Runs the model on one training batch; None calls ``model(input)``.
+        forward: Runs the model on one training batch, and the loss where that is not in a loop,
+            and returns the model's output or None; None calls ``model(input)``.
         parameters: View of the parameters where they are sharded; None for replicated ones.
 
     Raises:
@@ -108,6 +109,7 @@ class Run:
         self.averaged, self.two_passes = AveragedWeights(self), SecondPass(self)
         self._states: dict[str, Any] = {}
         self._pending: list[Mixture] = []
+        self.whole: Any = None  # the trainer's batch while it is being transformed
 
         def acting(point: str) -> list[Algorithm]:
             return [a for a in self.recipe if a.acts_at(point)]
@@ -192,16 +194,20 @@ class Run:
                 " call run.start([optimizer])"
             ) from None
 
-    def seed_for(self, algorithm: Algorithm, *key: int | str, shared: bool = False) -> int:
+    def seed_for(
+        self, algorithm: Algorithm, *key: int | str, shared: bool = False, lasting: bool = False
+    ) -> int:
         """Return the seed of this algorithm for this micro-batch, in [0, 2**63).
 
         Args:
             algorithm: Who draws.
             key: What is drawn, where an algorithm draws more than one thing.
             shared: Whether all ranks draw the same.
+            lasting: Whether it is the same at every step.
         """
-        at = (self.progress.step, self.progress.micro_batch, -1 if shared else self.rank)
-        return random.derive_seed(self.seed, algorithm.name, *at, *key)
+        at = (-1, -1) if lasting else (self.progress.step, self.progress.micro_batch)
+        rank = -1 if shared else self.rank
+        return random.derive_seed(self.seed, algorithm.name, *at, rank, *key)
 
     def generator(
         self, algorithm: Algorithm, *key: int | str, shared: bool = False
@@ -218,12 +224,11 @@ class Run:
         """The latest transformed micro-batches, newest last, as many as an algorithm keeps."""
         return self._recent
 
-    def forward(self, batch: Any) -> None:
-        """Run the model forward on one training batch, as the trainer does."""
+    def forward(self, batch: Any) -> Any:
+        """Run the model forward on one training batch, as the trainer does; return its output."""
         if self._forward is None:
-            self.model(self.locator.read(batch, "input"))
-        else:
-            self._forward(batch)
+            return self.model(self.locator.read(batch, "input"))
+        return self._forward(batch)
 
     # What adapters, and plain loops, call.
 
@@ -275,9 +280,12 @@ class Run:
         if not input.is_floating_point():
             self.progress.tokens += input.numel() * self.world_size
 
-        batch = Batch(input, plain)
+        batch, self.whole = Batch(input, plain), whole
         for algorithm in self._on_batch:
             batch = algorithm.on_batch(batch, self)
+        self.whole = None
+        if batch.kept is not None:
+            whole = select_examples(whole, batch.kept, len(input))
 
         values: dict[str, Any] = {} if batch.input is input else {"input": batch.input}
         if plain is not None:

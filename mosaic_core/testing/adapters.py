@@ -137,7 +137,13 @@ class AdapterContract:
     def train_plain(self, job: Job) -> Trained:
         """Train with the plain loop, which defines what is right."""
         model, mode = job.model, job.mode
-        run = Run(job.recipe, model=model, seed=job.seed, **ranks(mode))
+        autocast = _DTYPES[mode.precision]
+
+        def forward(batch: Any) -> None:
+            with torch.autocast("cpu", autocast, enabled=bool(autocast), cache_enabled=False):
+                self.plain_loss(model, batch, job.loss)
+
+        run = Run(job.recipe, model=model, seed=job.seed, forward=forward, **ranks(mode))
         optimizer = job.optimizer(model.parameters())
         steps = job.epochs * STEPS_PER_EPOCH
         run.start([optimizer], total_steps=steps, steps_per_epoch=STEPS_PER_EPOCH)
@@ -150,7 +156,7 @@ class AdapterContract:
                 job.batches,
                 lambda model, batch: self.plain_loss(model, batch, job.loss),
                 accumulate=mode.accumulate,
-                autocast=_DTYPES[mode.precision],
+                autocast=autocast,
                 clip_norm=job.clip_norm,
                 scaler=scaler,
                 average_gradients=average_gradients if mode.processes > 1 else None,
