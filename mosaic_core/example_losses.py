@@ -41,8 +41,10 @@ def example_losses(run: "Run", input: Tensor, labels: Mixture) -> Tensor:
     target = MixedTarget.of(replace(labels, receipt=receipt))
     changed = {} if input is run.locator.read(run.whole, "input") else {"input": input}
     batch = run.locator.write(run.whole, {**changed, "target": target})
+    mixture, run.mixture = run.mixture, None  # that of the last micro-batch
     with Untraced(run.model):
         output = run.forward(batch)
+    run.mixture = mixture
     in_loop = not receipt.elements and isinstance(output, Tensor)
     if in_loop and output.dim() > 1 and not labels.label.is_floating_point():
         F.cross_entropy(output, target)

@@ -148,8 +148,8 @@ def masks_over(run: Run, steps: int, layer: int = 1) -> list[tuple]:
 
 class TestRun:
     def test_masks_stay_for_a_period(self):
-        """8 masks, 2 at work: 4 periods of 2 steps."""
-        found = masks_over(make_run(), 8)
+        """64 masks, 16 at work: 4 periods of 2 steps."""
+        found = masks_over(make_run(sigma=64, tau=16), 8)
         assert found[0::2] == found[1::2]
         assert len(set(found)) == 4
 

@@ -125,7 +125,10 @@ class Belonging(Callback):  # type: ignore[misc]  # fastai has no types
         with precision(learn):
             prediction = get_model(learn.model)(*batch[: self._inputs])
             mixture = getattr(targets[0], "mixture", None) if targets else None
-            if mixture is not None and mixture.receipt.elements is not None:
+            if mixture is None or mixture.receipt.elements is None:
+                return  # nobody asks for losses
+            learn.loss_func(prediction, *targets)
+            if not mixture.receipt.elements:  # a loss of fastai's, which takes its label alone
                 with learn.loss_not_reduced():
                     losses = learn.loss_func(prediction, mixture.label)
                 mixture.receipt.elements.append((losses, torch.ones_like(losses)))
