@@ -1,10 +1,12 @@
 """What an algorithm is: frozen settings, the points of a run where it acts, and its card."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 
@@ -99,9 +101,22 @@ class Algorithm:
     """Names of algorithms, and of trainer features, that contradict it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Algorithm":
-        """Refuse to make the base class itself, which would be a silent no-op in a recipe."""
+        """Check what no subclass should have to: that it is whole, and the types of settings.
+
+        Raises:
+            TypeError: For the base class, which would be a silent no-op in a recipe, a subclass
+                without a place, and a setting of another type than its field.
+        """
         if cls is Algorithm:
             raise TypeError("Algorithm is abstract: use one of mosaic_core.algorithms")
+        if not hasattr(cls, "place"):
+            raise TypeError(f"{cls.__name__}: an algorithm must set place, a member of Place")
+        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        given = dict(zip((f.name for f in fields), args, strict=False)) | kwargs
+        for f in fields:
+            if f.name in given and not _fits(given[f.name], f.type):
+                kinds = " or ".join(_WORDS.get(kind, str(kind)) for kind in _union(f.type))
+                raise TypeError(f"{cls.__name__}: {f.name} must be {kinds}, got {given[f.name]!r}")
         return super().__new__(cls)
 
     @property
@@ -205,3 +220,28 @@ class Algorithm:
     def replays(self) -> int:
         """Number of latest micro-batches the run should keep for ``run.replay()``."""
         return 0
+
+
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    float: "a number",
+    int: "a whole number",
+    str: "a text",
+    type(None): "None",
+}
+
+
+def _union(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a setting may have a value; choices among texts are checked by the algorithm."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, member) for member in get_args(kind))
+    if kind in (float, int):  # numbers of NumPy too, but True is no number
+        return isinstance(value, Real if kind is float else Integral) and not isinstance(
+            value, bool
+        )
+    origin = get_origin(kind) or kind
+    return origin is Literal or not isinstance(origin, type) or isinstance(value, origin)

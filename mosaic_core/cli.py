@@ -127,10 +127,10 @@ def list_(
         elif markdown:
             typer.echo(catalog.matrix_markdown() if matrix else catalog.markdown(), nl=False)
         elif matrix:
-            for title, rows in catalog.matrix().items():
-                table = Table("Method", *next(iter(rows.values()), {}), title=title)
-                for name, row in rows.items():
-                    table.add_row(name, *map(catalog.verdict, row.values()))
+            for title, rows in catalog.matrix_rows().items():
+                table = Table(*catalog.MATRIX_HEADER, title=title)
+                for row in rows:
+                    table.add_row(*row)
                 Console().print(table)
         else:
             table = Table(*catalog.HEADER)

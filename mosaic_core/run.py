@@ -305,8 +305,9 @@ class Run:
             LossError: If one did not.
         """
         pending, self._pending = self._pending, []
-        if not all(mixture.receipt.consumed for mixture in pending):
-            raise unconsumed()
+        for mixture in pending:
+            if not mixture.receipt.consumed:
+                raise unconsumed(mixture)
 
     def skip_batch(self) -> None:
         """Forget what the last micro-batch asked of the loss: the trainer may have skipped it."""

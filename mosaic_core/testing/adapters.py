@@ -224,7 +224,7 @@ class AdapterContract:
 
         The others show in the weights when and with which gradients they were called.
         """
-        alone = {name: (cls.example(),) for name, cls in plugins.algorithms().items() if name in ('GyroDropout', 'SelectiveBackprop')}
+        alone = {name: (cls.example(),) for name, cls in plugins.algorithms().items()}
         uphill = SAM(0.5, epsilon=1.0)  # moves less where the gradients are not unscaled
         probes = {"gradients": (Squash(),), "progress": (Clock(),), "second pass": (uphill,)}
         return {"empty": (), **alone, **probes, "full recipe": FULL}
