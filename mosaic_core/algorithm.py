@@ -111,7 +111,9 @@ class Algorithm:
             raise TypeError("Algorithm is abstract: use one of mosaic_core.algorithms")
         if not hasattr(cls, "place"):
             raise TypeError(f"{cls.__name__}: an algorithm must set place, a member of Place")
-        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        fields: tuple[dataclasses.Field[Any], ...] = ()
+        if dataclasses.is_dataclass(cls):
+            fields = dataclasses.fields(cls)
         given = dict(zip((f.name for f in fields), args, strict=False)) | kwargs
         for f in fields:
             if f.name in given and not _fits(given[f.name], f.type):
@@ -244,4 +246,6 @@ def _fits(value: Any, kind: Any) -> bool:
             value, bool
         )
     origin = get_origin(kind) or kind
-    return origin is Literal or not isinstance(origin, type) or isinstance(value, origin)
+    if origin in (Any, Literal) or not isinstance(origin, type):
+        return True
+    return isinstance(value, origin)

@@ -129,11 +129,13 @@ def list_(
         elif matrix:
             for title, rows in catalog.matrix_rows().items():
                 table = Table(*catalog.MATRIX_HEADER, title=title)
+                table.columns[0].no_wrap = True
                 for row in rows:
                     table.add_row(*row)
                 Console().print(table)
         else:
             table = Table(*catalog.HEADER)
+            table.columns[0].no_wrap = True
             for entry in catalog.table():
                 table.add_row(*entry.cells(), style=None)
             Console().print(table)

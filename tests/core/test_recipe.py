@@ -141,7 +141,7 @@ def test_equality_hash_and_repr() -> None:
         (MixUp, r"Recipe: algorithms must be a list of algorithms, got <class"),
         (
             "MixUp",
-            r"Recipe: algorithms must be a list of algorithms, got 'MixUp'; read .*from_yaml",
+            r"Recipe: algorithms must be a list of algorithms, got 'MixUp'; read .*yaml",
         ),
     ],
 )
