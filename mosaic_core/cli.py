@@ -270,6 +270,46 @@ def bench_overhead(
         console.print(table)
 
 
+@_bench.command("kernels")
+def bench_kernels(
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks to time for each library.")] = 21,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the figures and the environment as JSON.")
+    ] = None,
+) -> None:
+    """Time our functions beside those of other libraries that are installed, in turns."""
+    with _told():
+        from mosaic_core import plugins
+        from mosaic_core.bench import kernels
+        from mosaic_core.doctor import version_of
+
+        console = Console()
+        peers = {
+            adapter.title: adapter.load("kernels")
+            for adapter in plugins.adapters().values()
+            if adapter.kernels is not None and version_of(adapter)
+        }
+        table = Table("task", "on", "library", title="Our time by theirs: below 1, ours is faster")
+        for column in ("µs/call", "ours / theirs", "quartiles of blocks"):
+            table.add_column(column, justify="right")
+        results = []
+        with console.status("") as status:
+            for kernel in kernels.kernels(peers):
+                status.update(f"{kernel.name} on {kernel.on}")
+                arms = kernels.measure(kernel, blocks)
+                results.append((kernel, arms))
+                for arm in arms:
+                    spread = "{:.2f} to {:.2f}".format(*arm.spread)
+                    ratio = (
+                        ("", "") if arm.library == kernels.OURS else (f"{arm.ratio:.2f}", spread)
+                    )
+                    first = (kernel.name, kernel.on) if arm is arms[0] else ("", "")
+                    table.add_row(*first, arm.library, f"{arm.call:.0f}", *ratio)
+        console.print(table)
+        if output is not None:
+            output.write_text(kernels.to_json(results), encoding="utf-8")
+
+
 def _all_trainers() -> "list[Adapter]":
     """Return the adapters of all trainers that are installed."""
     from mosaic_core import plugins

@@ -18,6 +18,7 @@ def mosaic_adapter() -> Adapter:
         trainers=("fastai",),
         trainer="mosaic_fastai._workload:train",
         overhead="mosaic_fastai._workload:overhead",
+        kernels="mosaic_fastai._kernels:peers",
         modes=(
             Mode("fp32"),
             Mode("accumulation", COUNTED, accumulate=4),
