@@ -44,14 +44,16 @@ def span(
 
     Args:
         size: Number of positions.
-        length: Length of the interval before it is clipped, at most ``size``.
+        length: Length of the interval before it is clipped, at least 0.
         uniform: Whether each position is as likely to lie in it, its centre then being outside at
             times; else the centre is uniform over the positions.
         generator: CPU generator to draw from; None draws from torch's default one.
 
     Returns:
-        Its start, and its end, exclusive.
+        Its start, and its end, exclusive; it is empty only where ``length`` is 0.
     """
+    if not length:
+        return 0, 0
     if uniform:
         start = 1 - length + int(torch.randint(size + length - 1, (), generator=generator))
     else:

@@ -29,14 +29,15 @@ def cutmix_batch(
     uniform_sampling: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, float, _Box]:
-    """Replace a box of each image by the same box of a partner: ``x[box] = x[indices][box]``.
+    """Replace, in place, a box of each image by its partner's: ``x[box] = x[box][indices]``.
 
     The loss to train with is ``(1 - mixing) * loss(output, target) + mixing * loss(output,
     target_perm)``, where ``mixing`` is the exact share of the pixels in the box. One box serves
     the batch. It is clipped at the borders of the image, so it may be smaller than was drawn.
 
     Args:
-        input: Images of any dtype, shape ``(N, C, ..., H, W)``.
+        input: Images of any dtype, shape ``(N, C, ..., H, W)``; they are written into, so nothing
+            but the box is moved. Give a clone where the images are needed again.
         target: Targets of any dtype, shape ``(N, ...)``.
         length: Height and width of the box before it is clipped, as a share of those of the
             image, in (0, 1], rounded down; None draws its share of the area.
@@ -49,15 +50,15 @@ def cutmix_batch(
         generator: CPU generator to draw from; None draws from torch's default one.
 
     Returns:
-        The images (a new tensor of the memory format of ``input``), the partners' targets (a new
-        tensor), the weight of the partner, and the box.
+        ``input`` itself, the partners' targets (a new tensor), the weight of the partner, and the
+        box.
 
     Raises:
         ValueError: If an argument is out of range, the lengths differ, or both ``length`` and
             ``bbox`` are given.
 
     Example:
-        >>> x, y = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 2, 2), torch.tensor([0, 1])
+        >>> x, y = torch.arange(2.0).view(2, 1, 1, 1).repeat(1, 1, 2, 2), torch.tensor([0, 1])
         >>> x, y, mixing, _ = cutmix_batch(x, y, bbox=(0, 0, 1, 2), indices=torch.tensor([1, 0]))
         >>> x[0, 0], y, mixing
         (tensor([[1., 1.],
@@ -76,7 +77,8 @@ def cutmix_batch(
         raise ValueError(f"cutmix_batch: length must be None where bbox is given, got {length}")
     if indices is None:
         indices = permutation(len(input), generator, input.device)
-    return _paste(input, indices, bbox), target[indices], _share(input, bbox), bbox
+    mixing = _share(input, bbox)
+    return _paste(input, indices, bbox), target[indices], mixing, bbox
 
 
 def _draw_box(
@@ -86,11 +88,7 @@ def _draw_box(
     uniform: bool,
     generator: torch.Generator | None,
 ) -> _Box:
-    if input.dim() < 4:
-        raise ValueError(
-            f"cutmix_batch: input must have shape (N, C, ..., H, W), got {describe(input)}"
-        )
-    height, width = input.shape[-2:]
+    height, width = _size(input)
     if length is None:
         _check_alpha("cutmix_batch", alpha)
         side = math.sqrt(beta(alpha, generator))
@@ -106,9 +104,17 @@ def _draw_box(
     return top, left, bottom, right
 
 
+def _size(input: Tensor) -> tuple[int, int]:
+    if input.dim() < 4:
+        raise ValueError(
+            f"cutmix_batch: input must have shape (N, C, ..., H, W), got {describe(input)}"
+        )
+    return input.shape[-2], input.shape[-1]
+
+
 def _share(input: Tensor, bbox: _Box) -> float:
     """Return the share of the pixels that lie in a box."""
-    (top, left, bottom, right), (height, width) = bbox, input.shape[-2:]
+    (top, left, bottom, right), (height, width) = bbox, _size(input)
     if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
         raise ValueError(
             f"cutmix_batch: bbox must be (top, left, bottom, right) in an image of {height} x"
@@ -118,19 +124,15 @@ def _share(input: Tensor, bbox: _Box) -> float:
 
 
 def _paste(input: Tensor, indices: Tensor, bbox: _Box) -> Tensor:
-    """Copy the images and gather the partners' box right into the copy."""
+    """Write the partners' boxes into the images, in place; only the boxes are gathered."""
     if indices.shape != (len(input),):
         raise ValueError(
             f"cutmix_batch: indices must have shape ({len(input)},), got {tuple(indices.shape)}"
         )
     top, left, bottom, right = bbox
-    box = (..., slice(top, bottom), slice(left, right))
-    output = input.clone()
-    if input.requires_grad:  # autograd knows no `out`
-        output[box] = input[box].index_select(0, indices)
-    else:
-        torch.index_select(input[box], 0, indices, out=output[box])
-    return output
+    box = input[..., top:bottom, left:right]
+    box.copy_(box.index_select(0, indices))
+    return input
 
 
 def _check_alpha(where: str, alpha: float) -> None:
@@ -185,7 +187,8 @@ class CutMix(Algorithm):
         mixing = _share(input, bbox)
         run.log("CutMix/mixing", mixing)
         if labels.label.dim() > 2 and labels.label.shape[-2:] == input.shape[-2:]:
-            labels = labels.map(lambda label: _paste(label, indices, bbox))
+            labels = labels.map(lambda label: _paste(label.clone(), indices, bbox))
         else:
             labels = labels.mix(indices, to_device(torch.tensor(mixing), input.device))
-        return batch.replace(_paste(input, indices, bbox), labels)
+        # Into a copy, as the batch is the user's.
+        return batch.replace(_paste(input.clone(), indices, bbox), labels)
