@@ -7,10 +7,20 @@ generator state.
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "generator", "to_device", "uniform", "uniform_at"]
+__all__ = [
+    "beta",
+    "derive_seed",
+    "generator",
+    "permutation",
+    "span",
+    "to_device",
+    "uniform",
+    "uniform_at",
+]
 
 
 def derive_seed(*key: int | str) -> int:
@@ -22,6 +32,42 @@ def derive_seed(*key: int | str) -> int:
 def generator(*key: int | str) -> torch.Generator:
     """Return a fresh CPU generator seeded by a key; CPU, so that all devices draw the same."""
     return torch.Generator().manual_seed(derive_seed(*key))
+
+
+def beta(alpha: float, generator: torch.Generator | None) -> float:
+    """Draw from Beta(alpha, alpha)."""
+    # torch's own Beta takes no generator, so the generator seeds NumPy's.
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
+
+
+def permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw a permutation of n, int64, and put it on a device without waiting for the device."""
+    return to_device(torch.randperm(n, generator=generator), device)
+
+
+def span(
+    size: int, length: int, uniform: bool, generator: torch.Generator | None
+) -> tuple[int, int]:
+    """Draw an interval among the positions of an axis, clipped to them.
+
+    Args:
+        size: Number of positions.
+        length: Length of the interval before it is clipped, at least 0.
+        uniform: Whether each position is as likely to lie in it, its centre then being outside at
+            times; else the centre is uniform over the positions.
+        generator: CPU generator to draw from; None draws from torch's default one.
+
+    Returns:
+        Its start, and its end, exclusive; it is empty only where ``length`` is 0.
+    """
+    if not length:
+        return 0, 0
+    if uniform:
+        start = 1 - length + int(torch.randint(size + length - 1, (), generator=generator))
+    else:
+        start = int(torch.randint(size, (), generator=generator)) - length // 2
+    return max(start, 0), min(start + length, size)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,9 @@ One line an algorithm: its module says in ``__all__`` what it offers.
 from mosaic_core.algorithms._backdrop import *
 from mosaic_core.algorithms._blurpool import *
 from mosaic_core.algorithms._channels_last import *
+from mosaic_core.algorithms._colout import *
+from mosaic_core.algorithms._cutmix import *
+from mosaic_core.algorithms._cutout import *
 from mosaic_core.algorithms._ema import *
 from mosaic_core.algorithms._gyro_dropout import *
 from mosaic_core.algorithms._label_smoothing import *

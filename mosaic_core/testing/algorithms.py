@@ -49,7 +49,7 @@ class AlgorithmContract:
             from mosaic_core.testing import AlgorithmContract
 
             class TestCutOut(AlgorithmContract):
-                examples = [CutOut(), CutOut(length=4)]
+                examples = [CutOut(), CutOut(length=0.3)]
     """
 
     examples: ClassVar[Sequence[Algorithm]] = ()

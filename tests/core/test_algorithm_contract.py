@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    Backdrop,
+    BlurPool,
+    ColOut,
+    CutMix,
+    CutOut,
+    LabelSmoothing,
+    MixUp,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
@@ -16,6 +26,9 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         Backdrop(("conv1", "conv2"), p=0.3, mode="patch", patch_size=2),
     ],
     "BlurPool": [BlurPool(blur_first=False)],
+    "ColOut": [ColOut(p_row=0.25, p_col=0, resize_target=False)],
+    "CutMix": [CutMix(alpha=0.3, uniform_sampling=True)],
+    "CutOut": [CutOut(num_holes=2, length=0.3, uniform_sampling=True)],
     "EMA": [
         EMA("2ba"),
         EMA("1ep"),
