@@ -8,6 +8,8 @@ from mosaic_core.algorithms._blurpool import *
 from mosaic_core.algorithms._channels_last import *
 from mosaic_core.algorithms._ema import *
 from mosaic_core.algorithms._label_smoothing import *
+from mosaic_core.algorithms._lawa import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
 from mosaic_core.algorithms._sam import *
+from mosaic_core.algorithms._swa import *
