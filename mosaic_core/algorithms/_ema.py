@@ -84,7 +84,8 @@ class EMA(WeightAveraging):
             the half-life is in ``ep``, ``"1ba"`` otherwise.
         recompute_batchnorm: Number of the latest training micro-batches that are kept and run
             through the averaged model before each evaluation to recompute its batch-norm
-            statistics; 0 evaluates with the statistics of the training weights.
+            statistics; after resuming, of those since. 0 evaluates with the statistics of the
+            training weights.
 
     Raises:
         ValueError: If a setting is out of range, or both half-life and smoothing are given.
@@ -106,7 +107,8 @@ class EMA(WeightAveraging):
         use_when="Nearly always with a learning rate that does not decay to zero; choose a"
         " half-life well below the length of the run.",
         interactions="Batch-norm statistics are those of the training weights unless"
-        " recompute_batchnorm is set. Excludes other weight averaging.",
+        " recompute_batchnorm is set, which keeps micro-batches in memory; after resuming, the"
+        " first evaluations recompute them on those since. Excludes other weight averaging.",
         reference="Polyak and Juditsky 1992",
         url="https://doi.org/10.1137/0330046",
     )

@@ -160,8 +160,8 @@ class SWA(WeightAveraging):
 
     @classmethod
     def needs(cls) -> frozenset[Need]:
-        """Need weights alone: where gradients are complete, it reads none, nor changes any."""
-        return super().needs() - {Need.GRADIENTS}
+        """Need weights alone: it reads no gradient, and its hooks work on any torch optimizer."""
+        return super().needs() - {Need.GRADIENTS, Need.OPTIMIZER}
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -186,22 +186,27 @@ class SWA(WeightAveraging):
         if self.swa_lr is not None and not self.swa_lr >= 0:
             raise ValueError(f"SWA: swa_lr must be at least 0, got {self.swa_lr}")
 
-    def init_state(self, run: "Run") -> _State:
-        """Begin without an average; what would never begin is refused here.
+    def prepare_optimizer(self, optimizer: Optimizer, run: "Run") -> None:
+        """Refuse an optimizer whose learning rate can't be set; look at the steps of others."""
+        if not self.schedule_swa_lr:
+            return
+        groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else [{}]
+        if any(group.get("lr") is None for group in groups):
+            raise UnsupportedError(
+                "SWA: schedule_swa_lr needs a torch optimizer with a learning rate, got"
+                f" {type(optimizer).__name__}; use another one, or leave schedule_swa_lr off"
+            )
+        if run.started:  # another optimizer, for training that goes on
+            run.state(self).step_rates.watch(optimizer)
 
-        Raises:
-            ValueError: If durations can't be told, or no update lies between start and end.
-            UnsupportedError: If an optimizer's learning rate can't be set.
-        """
+    def init_state(self, run: "Run") -> _State:
+        """Begin without an average; a run in which it would not begin is refused here."""
         self._refuse_empty(run.progress)
-        for optimizer in run.optimizers if self.schedule_swa_lr else ():
-            groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else [{}]
-            if any(group.get("lr") is None for group in groups):
-                raise UnsupportedError(
-                    "SWA: schedule_swa_lr needs a torch optimizer with a learning rate, got"
-                    f" {type(optimizer).__name__}; use another one, or leave schedule_swa_lr off"
-                )
-        return _State()
+        state = _State()
+        if self.schedule_swa_lr:
+            for optimizer in run.optimizers:
+                state.step_rates.watch(optimizer)
+        return state
 
     def _refuse_empty(self, progress: Progress) -> None:
         start, end, interval = self.moment("swa_start"), self.moment("swa_end"), self.interval
@@ -241,7 +246,6 @@ class SWA(WeightAveraging):
     def on_gradients(self, run: "Run") -> None:
         """Let the optimizer's next step see the annealed learning rate."""
         state: _State = run.state(self)
-        state.step_rates.clear()
         if not (self.schedule_swa_lr and state.count):
             return
         own = [group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups]

@@ -137,7 +137,13 @@ class AdapterContract:
     def train_plain(self, job: Job) -> Trained:
         """Train with the plain loop, which defines what is right."""
         model, mode = job.model, job.mode
-        run = Run(job.recipe, model=model, seed=job.seed, **ranks(mode))
+        run = Run(
+            job.recipe,
+            model=model,
+            seed=job.seed,
+            forward=lambda batch: self.plain_loss(model, batch, job.loss),
+            **ranks(mode),
+        )
         optimizer = job.optimizer(model.parameters())
         steps = job.epochs * STEPS_PER_EPOCH
         run.start([optimizer], total_steps=steps, steps_per_epoch=STEPS_PER_EPOCH)

@@ -80,7 +80,13 @@ class TestDeepSpeed(AdapterContract):
         model, scale = job.model.to(dtype), SCALE if dtype == torch.float16 else 1.0
         sums = torch.float32 if job.mode.options.get("sums") == "fp32" else dtype
         view = MasterWeights(model, sums)
-        run = Run(job.recipe, model=model, seed=job.seed, parameters=view)
+        run = Run(
+            job.recipe,
+            model=model,
+            seed=job.seed,
+            forward=lambda batch: model(batch[0].to(dtype)),
+            parameters=view,
+        )
         masters = [master for _, master in view.pairs]
         optimizer = job.optimizer(masters)
         steps = job.epochs * STEPS_PER_EPOCH

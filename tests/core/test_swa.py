@@ -403,15 +403,39 @@ class TestLearningRate:
         assert run.optimizers[0].rates[-1] == pytest.approx([0.03])
         assert run.optimizers[0].param_groups[0]["lr"] == 0.1
 
-    def test_no_hook_stays(self):
+    def test_gradients_that_are_computed_inside_the_step(self):
+        """As some trainers do, which give the step a closure."""
+        runs = [start([self.SWA]), start([self.SWA])]
+        train(runs[0], 20)
+        run = runs[1]
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizers[0], 1.0)
+
+        def closure():
+            run.model.zero_grad()
+            loss(run.model, run.on_batch(batch(run.progress.step))).backward()
+            run.on_gradients()
+
+        for _ in range(20):
+            run.optimizers[0].step(closure)
+            scheduler.step()
+            run.end_step()
+            assert run.optimizers[0].param_groups[0]["lr"] == 0.1
+        for a, b in zip(runs[0].model.parameters(), run.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_the_optimizer_has_its_own_rate_afterwards(self):
         run = start([self.SWA])
-        hooks = (
-            run.optimizers[0]._optimizer_step_pre_hooks,
-            run.optimizers[0]._optimizer_step_post_hooks,
-        )
-        before = [len(h) for h in hooks]
         train(run, 20)
-        assert [len(h) for h in hooks] == before == [0, 0]
+        run.optimizers[0].step()
+        assert run.optimizers[0].rates[-2:] == [pytest.approx([0.03]), [0.1]]
+
+    def test_another_optimizer_for_training_that_goes_on(self):
+        run = start([self.SWA])
+        train(run, 10)
+        other = RecordingSGD(run.model.parameters(), lr=0.1)
+        run.start([other], total_steps=20, steps_per_epoch=STEPS_PER_EPOCH)
+        train(run, 3)
+        assert other.rates == [pytest.approx([0.03])] * 3
 
     def test_a_learning_rate_in_a_tensor(self):
         run = start([self.SWA], lr=torch.tensor(0.1, dtype=torch.float64))
