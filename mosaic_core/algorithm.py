@@ -220,7 +220,7 @@ class Algorithm:
         """Restore what :meth:`state_dict` returned; the model's weights are already loaded."""
 
     def replays(self) -> int:
-        """Number of latest micro-batches the run should keep for ``run.replay()``."""
+        """Number of latest micro-batches to keep, to recompute batch-norm statistics on them."""
         return 0
 
 

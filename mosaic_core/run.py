@@ -26,6 +26,7 @@ from mosaic_core.adoption import NewParameters
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.averaged import AveragedWeights
 from mosaic_core.batch import Batch, Key, Locator, describe, select_examples
+from mosaic_core.batchnorm import batch_norms
 from mosaic_core.errors import UnsupportedError
 from mosaic_core.mixture import Mixture
 from mosaic_core.parameters import Parameters, ReplicatedParameters, replicated_parameters
@@ -60,6 +61,10 @@ class Run:
         forward: Runs the model on one training batch, and the loss where that is not in a loop,
             and returns the model's output or None; None calls ``model(input)``.
         parameters: View of the parameters where they are sharded; None for replicated ones.
+
+    Attributes:
+        recent: The latest transformed micro-batches, newest last, as many as an algorithm keeps;
+            none where the model has no batch norms.
 
     Raises:
         ValueError: If ``carrier`` is neither.
@@ -119,12 +124,13 @@ class Run:
         self._on_step_end = acting("on_step_end")
         self._on_epoch_end = acting("on_epoch_end")
         self._labels = any(a.changes_labels or a.reads_labels for a in self.recipe)
-        self._recent: deque[Any] = deque(maxlen=max((a.replays() for a in self.recipe), default=0))
 
         for algorithm in acting("prepare_model"):
             algorithm.prepare_model(model, self)
         if any(self.report.changes.values()):
             accept_sentinel(model)
+        kept = max((a.replays() for a in self.recipe), default=0) if batch_norms(model) else 0
+        self.recent: deque[Any] = deque(maxlen=kept)
         if optimizer is not None:
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
             self.start(optimizers, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -176,7 +182,7 @@ class Run:
         self.progress, self.metrics = Progress(), {}
         self._states.clear()
         self._pending.clear()
-        self._recent.clear()
+        self.recent.clear()
 
     # What algorithms ask of the run.
 
@@ -219,11 +225,6 @@ class Run:
         """Set a value for the trainer's logger, under ``mosaic/name``; a tensor is not read."""
         self.metrics[f"mosaic/{name}"] = value
 
-    @property
-    def recent(self) -> Sequence[Any]:
-        """The latest transformed micro-batches, newest last, as many as an algorithm keeps."""
-        return self._recent
-
     def forward(self, batch: Any) -> Any:
         """Run the model forward on one training batch, as the trainer does; return its output."""
         if self._forward is None:
@@ -251,8 +252,8 @@ class Run:
         whole = batch[0] if len(batch) == 1 else batch
         if self._on_batch:
             whole = self._transform(whole)
-        if self._recent.maxlen:
-            self._recent.append(whole)
+        if self.recent.maxlen:
+            self.recent.append(whole)
         self.progress.micro_batch += 1
         return whole
 

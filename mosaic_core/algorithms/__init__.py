@@ -12,7 +12,9 @@ from mosaic_core.algorithms._cutout import *
 from mosaic_core.algorithms._ema import *
 from mosaic_core.algorithms._gyro_dropout import *
 from mosaic_core.algorithms._label_smoothing import *
+from mosaic_core.algorithms._lawa import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
 from mosaic_core.algorithms._sam import *
 from mosaic_core.algorithms._selective_backprop import *
+from mosaic_core.algorithms._swa import *

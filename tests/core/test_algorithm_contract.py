@@ -8,7 +8,9 @@ import torch
 from mosaic_core import Algorithm, Card, Place, plugins
 from mosaic_core.algorithms import (
     EMA,
+    LAWA,
     SAM,
+    SWA,
     Backdrop,
     BlurPool,
     ColOut,
@@ -36,8 +38,13 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         EMA("0.5dur", update_interval="2ba"),
     ],
     "LabelSmoothing": [LabelSmoothing(0.3)],
+    "LAWA": [LAWA(2, "2ba", offload=True, recompute_batchnorm=2), LAWA(update_interval="1ep")],
     "MixUp": [MixUp(alpha=1.0)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
+    "SWA": [
+        SWA("1ba", "4ba", "2ba", recompute_batchnorm=0),
+        SWA("0.4dur", "1dur", "1ep", True, anneal_steps=1, swa_lr=0.2),
+    ],
 }
 
 
