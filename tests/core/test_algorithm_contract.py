@@ -6,11 +6,22 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    AugMix,
+    Backdrop,
+    BlurPool,
+    LabelSmoothing,
+    MixUp,
+    ProgressiveResizing,
+    RandAugment,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
 EXAMPLES: dict[str, list[Algorithm]] = {
+    "AugMix": [AugMix(10, width=2, depth=2, alpha=0.5)],
     "Backdrop": [
         Backdrop("conv2"),
         Backdrop(("conv1", "conv2"), p=0.3, mode="patch", patch_size=2),
@@ -24,6 +35,10 @@ EXAMPLES: dict[str, list[Algorithm]] = {
     ],
     "LabelSmoothing": [LabelSmoothing(0.3)],
     "MixUp": [MixUp(alpha=1.0)],
+    "ProgressiveResizing": [
+        ProgressiveResizing("crop", initial_scale=0.75, delay_fraction=0.2, size_increment=1),
+    ],
+    "RandAugment": [RandAugment(4.5, depth=1)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
 }
 
