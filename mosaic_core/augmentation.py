@@ -28,18 +28,18 @@ _NAMES = (
 
 
 def torchvision_for(where: str) -> Any:
-    """Return ``torchvision.transforms.v2.functional``, which is imported only when it is used.
+    """Return ``torchvision.transforms.v2``, which is imported only when it is used.
 
     Raises:
         ImportError: If torchvision is not installed; the message tells how to install it.
     """
     try:
-        from torchvision.transforms.v2 import functional
+        from torchvision.transforms import v2
     except ImportError as error:
         raise ImportError(
             f'{where}: needs torchvision, which is optional; pip install "mosaic-core[vision]"'
         ) from error
-    return functional
+    return v2
 
 
 @dataclass(frozen=True)
@@ -121,27 +121,24 @@ def apply_each(images: Any, operations: Sequence[Operation], interpolation: str 
         members.setdefault(operation, []).append(i)
     if len(members) == 1:
         return _apply(images, *operations[0], interpolation)
-    grouped = [i for each in members.values() for i in each]
-    order = to_device(torch.tensor(grouped), images.device)
-    parts = images[order].split([len(each) for each in members.values()])
-    done = [
-        _apply(part, *operation, interpolation)
-        for part, operation in zip(parts, members, strict=True)
-    ]
-    return torch.empty_like(images).index_copy_(0, order, torch.cat(done))
+    order = torch.tensor([i for each in members.values() for i in each])
+    parts = to_device(order, images.device).split([len(each) for each in members.values()])
+    out = torch.empty_like(images)
+    for part, operation in zip(parts, members, strict=True):
+        out.index_copy_(0, part, _apply(images[part], *operation, interpolation))
+    return out
 
 
 def _apply(images: Any, name: str, magnitude: float, interpolation: str) -> Any:
-    vision = torchvision_for("mosaic")
+    v2 = torchvision_for("mosaic")
+    vision, mode = v2.functional, v2.InterpolationMode(interpolation)
 
     def affine(
         translate: tuple[float, float] = (0, 0),
         shear: tuple[float, float] = (0.0, 0.0),
         center: list[float] | None = None,
     ) -> Any:
-        return vision.affine(
-            images, 0.0, list(translate), 1.0, list(shear), interpolation, center=center
-        )
+        return vision.affine(images, 0.0, list(translate), 1.0, list(shear), mode, center=center)
 
     match name:
         case "ShearX":
@@ -153,7 +150,7 @@ def _apply(images: Any, name: str, magnitude: float, interpolation: str) -> Any:
         case "TranslateY":
             return affine(translate=(0, magnitude))
         case "Rotate":
-            return vision.rotate(images, magnitude, interpolation)
+            return vision.rotate(images, magnitude, mode)
         case "Brightness":
             return vision.adjust_brightness(images, 1 + magnitude)
         case "Color":
@@ -212,7 +209,7 @@ def augment_batch(where: str, images: Tensor, function: Callable[[Tensor], Tenso
     Args:
         where: The caller, to open error messages.
         images: uint8 or floating-point, shape ``(N, C, H, W)`` with C 1 or 3.
-        function: Takes a batch and returns a new one.
+        function: Takes a batch and returns it or a new one, which is then changed in place.
 
     Raises:
         TypeError: If the images are of another dtype.
@@ -230,5 +227,5 @@ def augment_batch(where: str, images: Tensor, function: Callable[[Tensor], Tenso
     precise = images.to(torch.promote_types(images.dtype, torch.float32))
     low = precise.amin((0, 2, 3), keepdim=True).clamp_(max=0)
     span = precise.amax((0, 2, 3), keepdim=True).clamp_(min=1) - low
-    unit = ((precise - low) / span).clamp_(0, 1)  # which rounding may leave
-    return function(unit).mul(span).add_(low).to(images.dtype)
+    unit = (precise - low).div_(span).clamp_(0, 1)  # which rounding may leave
+    return function(unit).mul_(span).add_(low).to(images.dtype)

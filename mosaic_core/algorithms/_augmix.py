@@ -60,7 +60,7 @@ def augmix_image(
         Hendrycks et al., `AugMix <https://arxiv.org/abs/1912.02781>`_, 2020, Algorithm 1.
     """
     _check("augmix_image", severity, width, depth, alpha)
-    vision = torchvision_for("augmix_image")
+    vision = torchvision_for("augmix_image").functional
 
     def mix(images: Any) -> Any:
         if isinstance(images, Tensor):

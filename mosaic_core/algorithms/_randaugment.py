@@ -56,7 +56,7 @@ def randaugment_image(
 def _randaugment(
     images: Any, severity: float, depth: int, generator: torch.Generator | None
 ) -> Any:
-    height, width = torchvision_for("RandAugment").get_size(images)
+    height, width = torchvision_for("RandAugment").functional.get_size(images)
     policy = Policy(
         shear=0.3,
         translate=(150 / 331 * width, 150 / 331 * height),

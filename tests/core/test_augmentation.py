@@ -130,7 +130,7 @@ class TestApplyEach:
         assert sum(not torch.equal(a, b) for a, b in zip(out, x, strict=True)) > 40
 
     def test_images_that_drew_the_same_go_together(self, monkeypatch):
-        vision, calls = torchvision_for("test"), []
+        vision, calls = torchvision_for("test").functional, []
         real = vision.rotate
 
         def rotate(images, *args):
@@ -147,7 +147,7 @@ class TestKinds:
     def test_floats_in_the_unit_interval_and_bytes_stay(self):
         seen = []
         for x in (images(), images(dtype=torch.float64), images(dtype=torch.uint8)):
-            out = augment_batch("f", x, lambda b: seen.append(b) or b.clone())
+            out = augment_batch("f", x, lambda b: seen.append(b.clone()) or b.clone())
             assert torch.equal(seen.pop(), x)
             assert torch.equal(out, x)
 
@@ -162,7 +162,7 @@ class TestKinds:
         seen = []
 
         def invert(batch):
-            seen.append(batch)
+            seen.append(batch.clone())
             return 1 - batch
 
         out = augment_batch("f", x, invert)
@@ -180,7 +180,7 @@ class TestKinds:
     def test_the_range_holds_the_unit_interval(self, low, high):
         x = torch.linspace(low, high, 48, dtype=torch.float64).reshape(1, 1, 6, 8)
         seen = []
-        augment_batch("f", x, lambda b: seen.append(b) or b)
+        augment_batch("f", x, lambda b: seen.append(b.clone()) or b)
         low, high = min(low, 0), max(high, 1)
         torch.testing.assert_close(seen[0], (x - low) / (high - low))
 
