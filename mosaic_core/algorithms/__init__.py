@@ -3,6 +3,7 @@
 One line an algorithm: its module says in ``__all__`` what it offers.
 """
 
+from mosaic_core.algorithms._augmix import *
 from mosaic_core.algorithms._backdrop import *
 from mosaic_core.algorithms._blurpool import *
 from mosaic_core.algorithms._channels_last import *
@@ -15,6 +16,9 @@ from mosaic_core.algorithms._label_smoothing import *
 from mosaic_core.algorithms._lawa import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
+from mosaic_core.algorithms._progressive_resizing import *
+from mosaic_core.algorithms._randaugment import *
 from mosaic_core.algorithms._sam import *
 from mosaic_core.algorithms._selective_backprop import *
 from mosaic_core.algorithms._swa import *
+from mosaic_core.algorithms._trivialaugment import *

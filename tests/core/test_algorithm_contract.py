@@ -11,6 +11,7 @@ from mosaic_core.algorithms import (
     LAWA,
     SAM,
     SWA,
+    AugMix,
     Backdrop,
     BlurPool,
     ColOut,
@@ -18,11 +19,14 @@ from mosaic_core.algorithms import (
     CutOut,
     LabelSmoothing,
     MixUp,
+    ProgressiveResizing,
+    RandAugment,
 )
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
 EXAMPLES: dict[str, list[Algorithm]] = {
+    "AugMix": [AugMix(10, width=2, depth=2, alpha=0.5)],
     "Backdrop": [
         Backdrop("conv2"),
         Backdrop(("conv1", "conv2"), p=0.3, mode="patch", patch_size=2),
@@ -40,6 +44,10 @@ EXAMPLES: dict[str, list[Algorithm]] = {
     "LabelSmoothing": [LabelSmoothing(0.3)],
     "LAWA": [LAWA(2, "2ba", offload=True, recompute_batchnorm=2), LAWA(update_interval="1ep")],
     "MixUp": [MixUp(alpha=1.0)],
+    "ProgressiveResizing": [
+        ProgressiveResizing("crop", initial_scale=0.75, delay_fraction=0.2, size_increment=1),
+    ],
+    "RandAugment": [RandAugment(4.5, depth=1)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
     "SWA": [
         SWA("1ba", "4ba", "2ba", recompute_batchnorm=0),
