@@ -7,7 +7,9 @@ from mosaic_core.algorithms._backdrop import *
 from mosaic_core.algorithms._blurpool import *
 from mosaic_core.algorithms._channels_last import *
 from mosaic_core.algorithms._ema import *
+from mosaic_core.algorithms._gradient_clipping import *
 from mosaic_core.algorithms._label_smoothing import *
+from mosaic_core.algorithms._layer_freezing import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
 from mosaic_core.algorithms._sam import *

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    Backdrop,
+    BlurPool,
+    GradientClipping,
+    LabelSmoothing,
+    LayerFreezing,
+    MixUp,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
@@ -22,7 +31,9 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         EMA(smoothing=0.9, ema_start="0.3dur", recompute_batchnorm=2),
         EMA("0.5dur", update_interval="2ba"),
     ],
+    "GradientClipping": [GradientClipping("norm", 0.5), GradientClipping("value", 0.01)],
     "LabelSmoothing": [LabelSmoothing(0.3)],
+    "LayerFreezing": [LayerFreezing(freeze_start=0.3, freeze_level=0.9)],
     "MixUp": [MixUp(alpha=1.0)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
 }
