@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -129,7 +130,7 @@ class _State:
     layers: list[list[nn.Parameter]]
     frozen: list[nn.Parameter] = field(default_factory=list)  # in this window
     hook: RemovableHandle | None = None
-    reached: bool = False
+    reached: bool | None = None  # whether backward reaches the frozen, None without DDP
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -151,9 +152,11 @@ class _State:
         DDP reduces the gradients of all parameters that it found when it wrapped the model, and
         waits until backward has reached each of them.
         """
+        if DistributedDataParallel._active_ddp_module is None or not torch.is_grad_enabled():
+            return output
         leaves, structure = tree_flatten(output)
         tensors = {i: v for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.requires_grad}
-        self.reached = self.reached or bool(tensors)
+        self.reached = bool(self.reached or tensors)
         if not (tensors and self.frozen):
             return output
         for parameter in self.frozen:
@@ -241,21 +244,19 @@ class LayerFreezing(Algorithm):
             state.freeze(p for layer in frozen for p in layer)
             run.log("LayerFreezing/layers_frozen", len(frozen))
             if run.world_size > 1:
-                state.reached = False
+                state.reached = None
                 state.hook = run.model.register_forward_hook(state.reach)
         return batch
 
     def on_gradients(self, run: "Run") -> None:
         """Drop what gradients frozen parameters have: zeros of DDP or of ``zero_grad``."""
         state: _State = run.state(self)
-        unreachable = state.hook is not None and not state.reached
         for parameter in state.frozen:
             parameter.grad = None
         state.thaw()
-        if unreachable:
+        if state.reached is False:
             raise UnsupportedError(
-                "LayerFreezing: with several processes the model itself must be called, and return"
-                " a tensor that requires grad, alone or in tuples, lists and dicts, as backward"
-                " must reach the parameters that are frozen; return one, or take LayerFreezing out"
-                " of the recipe"
+                "LayerFreezing: in DDP the model must return a tensor that requires grad, alone or"
+                " in tuples, lists and dicts, through which backward reaches the parameters that"
+                " are frozen; return one, or take LayerFreezing out of the recipe"
             )
