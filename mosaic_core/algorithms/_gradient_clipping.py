@@ -1,6 +1,7 @@
 """GradientClipping: bound gradients by their norm, by their value or by the size of the weights."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -129,7 +130,10 @@ def _check(where: str, clipping_type: str, threshold: float) -> None:
 
 @dataclass
 class _State:
-    """Where the units of each parameter lie in a list of all: all ranks need the same one."""
+    """Where the units of each parameter begin in a list of all, the same on every rank.
+
+    It is empty where every parameter is owned whole, by this rank or by another.
+    """
 
     first: dict[str, int] = field(default_factory=dict)
     units: int = 0
@@ -178,41 +182,43 @@ class GradientClipping(Algorithm):
         _check("GradientClipping", self.clipping_type, self.clipping_threshold)
 
     def init_state(self, run: "Run") -> _State:
-        """Lay the units of all parameters out where ranks own slices, which cut units apart."""
-        view = run.parameters
-        if self.clipping_type != "adaptive" or isinstance(view, ReplicatedParameters):
+        """Lay the units of all parameters out, if a rank owns a slice that may cut one apart."""
+        if self.clipping_type != "adaptive":
             return _State()
-        owned = {f.name: f for f in view.fragments()}
+        owned = {f.name: f for f in run.parameters.fragments()}
         names = [name for name, _ in run.model.named_parameters()]
-        counts = torch.zeros(len(names), dtype=torch.int64)
+        counts = torch.zeros(len(names) + 1, dtype=torch.int64)
+        counts[-1] = sum(f.numel < torch.Size(f.shape).numel() for f in owned.values())
         for i, name in enumerate(names):
             if name in owned and owned[name].start == 0:  # so one rank counts each
                 shape = owned[name].shape
                 counts[i] = shape[0] if len(shape) > 1 else 1
-        counts = view.all_reduce(counts)
-        first = (counts.cumsum(0) - counts).tolist()
-        return _State(dict(zip(names, first, strict=True)), int(counts.sum()))
+        *units, slices = run.parameters.all_reduce(counts).tolist()
+        if not slices:
+            return _State()
+        first = itertools.accumulate(units, initial=0)
+        return _State(dict(zip(names, first, strict=False)), sum(units))
 
     @torch.no_grad()
     def on_gradients(self, run: "Run") -> None:
         """Clip what this rank owns, by norms over all ranks."""
         view, threshold = run.parameters, self.clipping_threshold
+        state: _State = run.state(self)
         pairs = [(f, g) for f in view.fragments() if (g := view.grad(f)) is not None]
         grads = [grad for _, grad in pairs]
-        replicated = isinstance(view, ReplicatedParameters)
         if self.clipping_type == "value":
             _clamp(grads, threshold)
         elif self.clipping_type == "norm":
             norm = _norm(grads)
-            if not replicated:
+            if not isinstance(view, ReplicatedParameters):  # squares have half the range
                 norm = view.all_reduce(norm.square()).sqrt()
             _scale(grads, norm, threshold)
             run.log("GradientClipping/grad_norm", norm)
-        elif replicated:
+        elif state.units:
+            self._clip_slices(run, pairs)
+        else:
             weights = [fragment.master for fragment, _ in pairs]
             _scale_units(grads, _unit_norms(weights), _unit_norms(grads), threshold)
-        else:
-            self._clip_slices(run, pairs)
         for fragment, grad in pairs:  # where the view gave a copy
             view.set_grad(fragment, grad)
 

@@ -404,15 +404,21 @@ class TestSharded:
             torch.testing.assert_close(grad, expected, rtol=2e-6, atol=1e-9)
         assert any(not torch.equal(joined[n], b.flatten()) for n, b in before.items())
 
-    def test_units_count_once_on_every_rank(self):
-        """Also where a rank that owns the end of a parameter does not own its beginning."""
+    def units(self, cuts):
         model = Weights()
-        view = Slices(model, 0, [0, 134], lambda value: value, False)
+        view = Slices(model, 0, cuts, lambda value: value, False)
         run = Run([GradientClipping("adaptive", 1.0)], model=model, parameters=view)
         run.start([torch.optim.SGD(model.parameters(), lr=0.1)])
-        state = run.state(run.recipe.algorithms[0])
-        assert state.units == 1 + 1 + 3 + 2 + 4 + 1 + 6 + 1 + 1
+        return run.state(run.recipe.algorithms[0])
+
+    def test_units_are_laid_out_where_parameters_are_cut(self):
+        state = self.units([0, 130, 134])
+        assert state.units == 3 - 1 + 1 + 3 + 2 + 4 + 1 + 6 + 1
         assert state.first["all.3"] == 1 + 1 + 1 + 3  # "without" comes first
+
+    def test_and_not_where_ranks_own_whole_parameters(self):
+        """Then the sums are those of one process, to the last bit."""
+        assert self.units([0, 134]).units == self.units([0, 9, 134]).units == 0
 
 
 class _Reads(TorchDispatchMode):
@@ -428,9 +434,9 @@ class _Reads(TorchDispatchMode):
 def test_no_tensor_is_read(kind):
     with pytest.raises(AssertionError, match="reads"), _Reads():
         torch.ones(()).item()
-    for view in (None, "slices"):
+    for cut in (0, 130):
         model = Weights(torch.float32)
-        view = view and Slices(model, 0, [0, 134], lambda value: value, False)
+        view = Slices(model, 0, [0, cut], lambda value: value, False) if cut else None
         run = Run([GradientClipping(kind, 0.1)], model=model, parameters=view)
         run.start([torch.optim.SGD(model.parameters(), lr=0.1)])
         with _Reads():
