@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerFreezing", "freeze_layers"]
 
+_MARK = "_mosaic_frozen"  # by which a later run finds what an interrupted one left frozen
+
 
 def freeze_layers(
     model: nn.Module,
@@ -132,16 +134,15 @@ class _State:
     hook: RemovableHandle | None = None
     reached: bool | None = None  # whether backward reaches the frozen, None without DDP
 
-    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.requires_grad:  # others are frozen by the user, and stay so
-                _set_frozen(parameter, True)
-                self.frozen.append(parameter)
+    def freeze(self, layers: list[list[nn.Parameter]]) -> None:
+        # Others are frozen by the user, and stay so.
+        self.frozen = [p for layer in layers for p in layer if p.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+            vars(parameter)[_MARK] = True
 
     def thaw(self) -> None:
-        for parameter in self.frozen:
-            _set_frozen(parameter, False)
-        self.frozen.clear()
+        _thaw(self.frozen)
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
@@ -150,7 +151,8 @@ class _State:
         """Let backward from the output reach the frozen parameters: a forward hook.
 
         DDP reduces the gradients of all parameters that it found when it wrapped the model, and
-        waits until backward has reached each of them.
+        waits until backward has reached each of them. Its private attribute is the one way to see
+        that it is at work; without it DDP raises an error of its own.
         """
         if DistributedDataParallel._active_ddp_module is None or not torch.is_grad_enabled():
             return output
@@ -168,10 +170,10 @@ class _State:
         return tree_unflatten([replaced.get(i, v) for i, v in enumerate(leaves)], structure)
 
 
-def _set_frozen(parameter: nn.Parameter, frozen: bool) -> None:
-    """Freeze or thaw, with a mark by which a later run finds what an interrupted one left."""
-    parameter.requires_grad_(not frozen)
-    vars(parameter)["_mosaic_frozen"] = frozen
+def _thaw(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if vars(parameter).pop(_MARK, False):
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class LayerFreezing(Algorithm):
         use_when="Fine-tuning, or the last part of a long training, where some accuracy may be"
         " given for time; not where the first layers still learn.",
         interactions="Backward ends below the first layer that still trains, so an embedding shared"
-        " with the last layer, which is frozen never, saves less. DDP works; it goes on reducing"
+        " with the last layer, which is never frozen, saves less. DDP works; it goes on reducing"
         " zeros for frozen layers, and copies the outputs of the model. torch.compile compiles"
         " anew at each freezing.",
         reference="Brock et al. 2017",
@@ -230,8 +232,7 @@ class LayerFreezing(Algorithm):
         state = _State(_layers(run.model))
         if len(state.layers) < 2:
             warn_no_effect("LayerFreezing", "layer before the last")
-        state.frozen = [p for p in run.model.parameters() if vars(p).get("_mosaic_frozen")]
-        state.thaw()
+        _thaw(run.model.parameters())
         return state
 
     def on_batch(self, batch: Batch, run: "Run") -> Batch:
@@ -240,16 +241,19 @@ class LayerFreezing(Algorithm):
         if run.progress.micro_batch == 0:
             state.thaw()  # where the last window was given up
             share = _share(run.progress.fraction, self.freeze_start, self.freeze_level)
-            frozen = _first(state.layers, share)
-            state.freeze(p for layer in frozen for p in layer)
-            run.log("LayerFreezing/layers_frozen", len(frozen))
+            layers = _first(state.layers, share)
+            state.freeze(layers)
+            run.log("LayerFreezing/layers_frozen", len(layers))
             if run.world_size > 1:
                 state.reached = None
                 state.hook = run.model.register_forward_hook(state.reach)
         return batch
 
     def on_gradients(self, run: "Run") -> None:
-        """Drop what gradients frozen parameters have: zeros of DDP or of ``zero_grad``."""
+        """Drop what gradients frozen parameters have: zeros of DDP or of ``zero_grad``.
+
+        And those of a second optimizer, which a module may step with a backward of its own.
+        """
         state: _State = run.state(self)
         for parameter in state.frozen:
             parameter.grad = None

@@ -306,6 +306,28 @@ class TestInARun:
             run.step()
         assert_equal(run.model.state_dict(), model.state_dict())
 
+    def test_a_second_backward_of_the_step_moves_nothing_frozen(self):
+        """As where a module steps two optimizers, one after the other, with the same batch."""
+        run = train(start([LayerFreezing(0.0)]), 5)
+        before = copy.deepcopy(run.model.state_dict())
+        data = run.on_batch(*batch(5))
+        for _ in range(2):
+            run.optimizers[0].zero_grad()
+            cross_entropy(run.model, data).backward()
+            run.on_gradients()
+            run.optimizers[0].step()
+        run.end_step()
+        assert torch.equal(run.model[0].weight, before["0.weight"])
+        assert torch.equal(run.model[1].weight, before["1.weight"])
+        assert not torch.equal(run.model[3].weight, before["3.weight"])
+
+    def test_what_the_user_freezes_between_steps_stays(self):
+        run = train(start([LayerFreezing(0.0)]), 6)
+        run.model[0].requires_grad_(False)
+        train(run)
+        assert [n for n, p in run.model.named_parameters() if not p.requires_grad] == ["0.weight"]
+        assert not any("_mosaic_frozen" in vars(p) for p in run.model.parameters())
+
     def test_accumulation(self):
         """All micro-batches of a window freeze the same."""
         inside = []
