@@ -11,9 +11,11 @@ from mosaic_core.algorithms._colout import *
 from mosaic_core.algorithms._cutmix import *
 from mosaic_core.algorithms._cutout import *
 from mosaic_core.algorithms._ema import *
+from mosaic_core.algorithms._gradient_clipping import *
 from mosaic_core.algorithms._gyro_dropout import *
 from mosaic_core.algorithms._label_smoothing import *
 from mosaic_core.algorithms._lawa import *
+from mosaic_core.algorithms._layer_freezing import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
 from mosaic_core.algorithms._progressive_resizing import *
