@@ -11,3 +11,5 @@ from mosaic_core.algorithms._label_smoothing import *
 from mosaic_core.algorithms._mixup import *
 from mosaic_core.algorithms._noop import *
 from mosaic_core.algorithms._sam import *
+from mosaic_core.algorithms._squeeze_excite import *
+from mosaic_core.algorithms._stochastic_depth import *
