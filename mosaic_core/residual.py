@@ -79,7 +79,7 @@ def residual_blocks(
 def _candidates(model: nn.Module, pattern: str | None) -> Iterator[tuple[str, nn.Module]]:
     parents, matched = {"": model}, ["."]  # no name begins with a dot
     for name, module in model.named_modules():
-        parent = parents.get(name.rpartition(".")[0])
+        parent = parents.get(name.rpartition(".")[0]) if name else None
         parents[name] = module
         if pattern is None:
             layered = len(list(module.children())) and any(p.dim() > 1 for p in module.parameters())

@@ -93,7 +93,7 @@ class Mixin(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the two classes, as the one made of them can't be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
-        return _remake, type(self).__mro__[1:3], *reduced[2:]
+        return _remake, type(self).__bases__, *reduced[2:]
 
 
 _MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

@@ -250,12 +250,7 @@ class StochasticDepth(Algorithm):
     @classmethod
     def example(cls) -> "StochasticDepth":
         """Return one that acts on the contract suites' network, where a norm can be skipped."""
-        return cls(
-            drop_rate=0.5,
-            drop_distribution="uniform",
-            drop_warmup="2ba",
-            target_layer_name="*norm2",
-        )
+        return cls("block", 0.5, "uniform", "2ba", "*norm2")
 
     def __post_init__(self) -> None:
         """Check the settings."""

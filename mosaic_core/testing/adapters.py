@@ -197,7 +197,7 @@ class AdapterContract:
             averaged=difference(ours.averaged, expected.averaged),
             effect=max(
                 difference(without.weights, {n: expected.weights[n] for n in without.weights}),
-                difference(expected.averaged, without.averaged),
+                difference(without.averaged, {n: expected.averaged[n] for n in without.averaged}),
             ),
         )
 
