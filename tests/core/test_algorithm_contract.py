@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    Backdrop,
+    BlurPool,
+    LabelSmoothing,
+    MixUp,
+    SqueezeExcite,
+    StochasticDepth,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
@@ -25,6 +34,8 @@ EXAMPLES: dict[str, list[Algorithm]] = {
     "LabelSmoothing": [LabelSmoothing(0.3)],
     "MixUp": [MixUp(alpha=1.0)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
+    "SqueezeExcite": [SqueezeExcite(0.25, 3)],
+    "StochasticDepth": [StochasticDepth("sample", 0.5, "uniform", target_layer_name="*norm2")],
 }
 
 
