@@ -167,7 +167,7 @@ class SqueezeExcite(Algorithm):
         category="vision",
         summary="Weights the channels behind wide convolutions by what the whole image shows.",
         effect="Two small matrix products and one pass over the feature map for each convolution,"
-        " several percent of a step; new parameters, which join the optimizer group of the"
+        " about a tenth of a step; new parameters, which join the optimizer group of the"
         " convolution they follow.",
         use_when="Convolutional networks without such blocks, where accuracy is worth a slower"
         " step; not where throughput counts most.",
@@ -181,7 +181,7 @@ class SqueezeExcite(Algorithm):
     @classmethod
     def example(cls) -> "SqueezeExcite":
         """Return one that acts on the network of the contract suites."""
-        return cls(latent_channels=4, min_channels=16)
+        return cls(latent_channels=8, min_channels=16)
 
     def __post_init__(self) -> None:
         """Check the settings."""
