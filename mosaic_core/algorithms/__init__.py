@@ -22,5 +22,7 @@ from mosaic_core.algorithms._progressive_resizing import *
 from mosaic_core.algorithms._randaugment import *
 from mosaic_core.algorithms._sam import *
 from mosaic_core.algorithms._selective_backprop import *
+from mosaic_core.algorithms._squeeze_excite import *
+from mosaic_core.algorithms._stochastic_depth import *
 from mosaic_core.algorithms._swa import *
 from mosaic_core.algorithms._trivialaugment import *

@@ -203,7 +203,7 @@ class AdapterContract:
             averaged=distance(ours.averaged, expected.averaged),
             effect=max(
                 distance(without.weights, {n: expected.weights[n] for n in without.weights}),
-                distance(expected.averaged, without.averaged),
+                distance(without.averaged, {n: expected.averaged[n] for n in without.averaged}),
             ),
         )
 

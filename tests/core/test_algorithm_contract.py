@@ -23,6 +23,8 @@ from mosaic_core.algorithms import (
     MixUp,
     ProgressiveResizing,
     RandAugment,
+    SqueezeExcite,
+    StochasticDepth,
 )
 from mosaic_core.testing import AlgorithmContract
 
@@ -57,6 +59,8 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         SWA("1ba", "4ba", "2ba", recompute_batchnorm=0),
         SWA("0.4dur", "1dur", "1ep", True, anneal_steps=1, swa_lr=0.2),
     ],
+    "SqueezeExcite": [SqueezeExcite(0.25, 3)],
+    "StochasticDepth": [StochasticDepth("sample", 0.5, "uniform", target_layer_name="*norm2")],
 }
 
 
