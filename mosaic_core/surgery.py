@@ -7,6 +7,7 @@ without a complaint and compute something else; :func:`sentinel` prevents that.
 """
 
 import fnmatch
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,12 +23,15 @@ __all__ = [
     "accept_sentinel",
     "is_sentinel",
     "matching",
+    "original_class",
     "sentinel",
     "swap_class",
     "warn_no_effect",
 ]
 
 _SENTINEL = "mosaic: "
+_ORIGINAL = "mosaic_original_class"  # attribute of a module whose class was swapped
+_STACK = "mosaic_stack"  # attribute of a class made of others
 
 
 @dataclass
@@ -65,24 +69,57 @@ def matching(model: nn.Module, patterns: str | Iterable[str]) -> Iterator[tuple[
 
 
 def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> None:
-    """Turn a module into a subclass of its class, in place.
+    """Turn a module into one of a class that behaves otherwise, in place.
+
+    Swaps stack: on a subclass of ``new``'s base, also on one that another swap put there, a class
+    is made that derives from both, ``new`` first.
 
     Args:
         module: The module; its parameters, buffers, hooks and name stay.
-        new: A subclass of its class that adds behaviour and no parameters.
+        new: A class that adds behaviour and no parameters. It extends the module's class, or a base
+            of it other than ``nn.Module``, and calls ``super()``.
         attributes: Attributes the subclass reads; tensors become buffers outside the state dict.
 
     Raises:
-        TypeError: If ``new`` is not a subclass of the module's class.
+        TypeError: If ``new`` extends nothing that the module is.
     """
-    if not issubclass(new, type(module)):
-        raise TypeError(f"swap_class: {new.__name__} is no subclass of {type(module).__name__}")
-    module.__class__ = new
+    old = type(module)
+    if issubclass(new, old):
+        swapped = new
+    elif any(issubclass(old, base) for base in set(new.__bases__) - {nn.Module, object}):
+        swapped = _stacked((new, *getattr(old, _STACK, (old,))))
+    else:
+        raise TypeError(f"swap_class: {new.__name__} is no subclass of {old.__name__}")
+    module.__dict__.setdefault(_ORIGINAL, old)
+    module.__class__ = swapped
     for name, value in attributes.items():
         if isinstance(value, torch.Tensor):
             module.register_buffer(name, value, persistent=False)
         else:
             setattr(module, name, value)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before its first swap."""
+    original: type[nn.Module] = module.__dict__.get(_ORIGINAL, type(module))
+    return original
+
+
+@functools.cache
+def _stacked(stack: tuple[type[nn.Module], ...]) -> type[nn.Module]:
+    """Return the class that derives from some others, the first of which acts first."""
+    name = "".join(cls.__name__ for cls in stack)
+    return type(name, stack, {_STACK: stack, "__reduce_ex__": _reduce, "__module__": __name__})
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickle a module whose class cannot be found by its name."""
+    return _empty, getattr(type(module), _STACK), module.__getstate__()
+
+
+def _empty(*stack: type[nn.Module]) -> nn.Module:
+    cls = _stacked(stack)
+    return cls.__new__(cls)
 
 
 def warn_no_effect(algorithm: str, looked_for: str, stacklevel: int = 3) -> None:
