@@ -67,7 +67,8 @@ def factorize_matrix(weight: Tensor, rank: int | float = 0.25) -> tuple[Tensor, 
     squares, vectors = torch.linalg.eigh(w @ w.T)
     squares, vectors = squares.flip(0)[:r].clamp_min(0), vectors.flip(1)[:, :r]
     root = squares.where(squares > 0, 1.0).pow(0.25)  # of zeros, one factor must learn
-    return (vectors * root).to(weight), (vectors.T @ w / root[:, None]).to(weight)
+    left, right = vectors * root, vectors.T @ w / root[:, None]
+    return left.contiguous().to(weight), right.contiguous().to(weight)
 
 
 class FactorizedLinear(nn.Linear):

@@ -63,13 +63,14 @@ def ghost_batch_norm(
     _check("ghost_batch_norm", ghost_batch_size)
     examples = len(input)
     size = -(-examples // -(-examples // ghost_batch_size))
-    count, rest = divmod(examples, size)
+    count, rest = examples // size, examples % size
     if rest == 1 and input[0, 0].numel() == 1:
         count, rest = count - 1, size + 1
     if not rest or not count:
         return _normalize(input, max(count, 1), weight, bias, eps)
-    most, mean, var = _normalize(input[:-rest], count, weight, bias, eps)
-    last, last_mean, last_var = _normalize(input[-rest:], 1, weight, bias, eps)
+    alike, other = input.split((examples - rest, rest))
+    most, mean, var = _normalize(alike, count, weight, bias, eps)
+    last, last_mean, last_var = _normalize(other, 1, weight, bias, eps)
     share = rest / examples
     return torch.cat([most, last]), mean.lerp(last_mean, share), var.lerp(last_var, share)
 
@@ -141,7 +142,8 @@ def apply_ghost_batchnorm(
 
     Parameter objects, buffers and ``state_dict`` keys stay. Applied twice it equals applied once;
     the first size stays. Changed are torch's batch norms, subclasses with torch's ``forward``, and
-    timm's ``BatchNormAct2d``; layers that compute otherwise, and lazy ones, stay.
+    timm's ``BatchNormAct2d``; layers that compute otherwise, with all their parts, and
+    lazy ones stay.
 
     Args:
         model: Model with batch norms.
@@ -166,8 +168,10 @@ def apply_ghost_batchnorm(
     """
     _check("apply_ghost_batchnorm", ghost_batch_size)
     names = []
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    parts = {part for norm in norms for part in norm.modules() if part is not norm}
     for name, module in model.named_modules():
-        if not isinstance(module, Ghost) and _is_known(module):
+        if not isinstance(module, Ghost) and _is_known(module) and module not in parts:
             tail = tuple(n for n in ("drop", "act") if _is_timms(module) and hasattr(module, n))
             swap_class(module, Ghost, ghost_batch_size=ghost_batch_size, ghost_tail=tail)
         if isinstance(module, Ghost):

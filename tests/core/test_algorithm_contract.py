@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    Backdrop,
+    BlurPool,
+    Factorize,
+    GhostBatchNorm,
+    LabelSmoothing,
+    MixUp,
+    WeightStandardization,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
@@ -22,9 +32,12 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         EMA(smoothing=0.9, ema_start="0.3dur", recompute_batchnorm=2),
         EMA("0.5dur", update_interval="2ba"),
     ],
+    "Factorize": [Factorize(factorize_linears=False, min_channels=16, latent_channels=3)],
+    "GhostBatchNorm": [GhostBatchNorm(4)],
     "LabelSmoothing": [LabelSmoothing(0.3)],
     "MixUp": [MixUp(alpha=1.0)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
+    "WeightStandardization": [WeightStandardization(n_last_layers_ignore=1)],
 }
 
 

@@ -1,6 +1,7 @@
 """Changing modules without losing parameters, names, hooks or checkpoints."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from mosaic_core.surgery import (
     accept_sentinel,
     is_sentinel,
     matching,
+    original_class,
     sentinel,
     swap_class,
     warn_no_effect,
@@ -79,6 +81,41 @@ def test_swapped_attributes_move_copy_and_convert_with_the_module() -> None:
     assert twin[0].shift is not model[0].shift
     assert twin.double()[0].shift.dtype == torch.float64
     assert twin.to("meta")[0].shift.device.type == "meta"
+
+
+class Negated(nn.Linear):
+    """A linear layer with the sign of its output changed."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -super().forward(input)
+
+
+class Own(nn.Linear):
+    """A class of the user's."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+@pytest.mark.parametrize(("order", "sign"), [((Doubled, Negated), -1), ((Negated, Doubled), 1)])
+def test_swaps_stack_the_last_outermost(
+    kind: type[nn.Module], order: tuple[type[nn.Module], ...], sign: int
+) -> None:
+    model, x = nn.Sequential(kind(3, 2)), torch.randn(4, 3)
+    before = model(x)
+    assert original_class(model[0]) is kind
+    attributes = {"factor": 2.0, "shift": torch.ones(())}
+    for new in order:
+        swap_class(model[0], new, **(attributes if new is Doubled else {}))
+    assert all(isinstance(model[0], cls) for cls in (Doubled, Negated, kind))
+    assert original_class(model[0]) is kind
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(other[0]) is type(model[0])
+        # -(2y + 1), or 2(-y) + 1
+        torch.testing.assert_close(other(x), -2 * before + sign)
+    state = nn.Linear(3, 2).state_dict()
+    assert model[0].state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize("new", [nn.Conv2d, nn.Module, nn.Bilinear])
