@@ -196,8 +196,8 @@ class AdapterContract:
             weights=difference(ours.weights, expected.weights),
             averaged=difference(ours.averaged, expected.averaged),
             effect=max(
-                difference(without.weights, {n: expected.weights[n] for n in without.weights}),
-                difference(expected.averaged, without.averaged),
+                _effect(without.weights, expected.weights),
+                _effect(without.averaged, expected.averaged),
             ),
         )
 
@@ -427,3 +427,9 @@ class AdapterContract:
             for kind in ("weights", "averaged")
             for name, tensor in getattr(trained, kind).items()
         }
+
+
+def _effect(without: dict[str, Tensor], trained: dict[str, Tensor]) -> float:
+    """Return how far a recipe moved what both models have; surgery may add and replace."""
+    names = without.keys() & trained.keys()
+    return difference({n: without[n] for n in names}, {n: trained[n] for n in names})
