@@ -31,7 +31,7 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
         A new tensor in the memory format of ``weight``, which gradients flow through.
 
     Example:
-        >>> standardize_weight(torch.tensor([[[1.0, 3.0]]]))
+        >>> standardize_weight(Tensor([[[1.0, 3.0]]]))
         tensor([[[-1.,  1.]]])
 
     References:
