@@ -184,7 +184,7 @@ class AdapterContract:
         try:
             ours = self.train(job)
         except UnsupportedError as error:
-            moved = difference(copied(dict(job.model.named_parameters())), before)
+            moved = _apart(copied(dict(job.model.named_parameters())), before)
             return Outcome(refused=str(error), weights=moved)
         expected = self.train_plain(self.job(recipe, mode, folder, **options))
         without = self.train_plain(self.job((), mode, folder, **options))
@@ -196,8 +196,8 @@ class AdapterContract:
             weights=difference(ours.weights, expected.weights),
             averaged=difference(ours.averaged, expected.averaged),
             effect=max(
-                _effect(without.weights, expected.weights),
-                _effect(without.averaged, expected.averaged),
+                _apart(without.weights, expected.weights),
+                _apart(without.averaged, expected.averaged),
             ),
         )
 
@@ -429,7 +429,7 @@ class AdapterContract:
         }
 
 
-def _effect(without: dict[str, Tensor], trained: dict[str, Tensor]) -> float:
-    """Return how far a recipe moved what both models have; surgery may add and replace."""
-    names = without.keys() & trained.keys()
-    return difference({n: without[n] for n in names}, {n: trained[n] for n in names})
+def _apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return how far apart the weights lie that both have: surgery adds some, replaces some."""
+    names = a.keys() & b.keys()
+    return difference({n: a[n] for n in names}, {n: b[n] for n in names})

@@ -1,5 +1,7 @@
 """The adapter contract for DeepSpeed, ZeRO 0 to 3."""
 
+import functools
+
 import torch
 from deepspeed_common import SCALE, WEIGHTS, DeepSpeedSession, Net, environment, gathered
 
@@ -14,7 +16,10 @@ class MasterWeights:
 
     def __init__(self, model, sums):
         self.model, self.sums = model, sums  # dtype in which gradients are kept
-        self.pairs = [(p, p.detach().float().requires_grad_()) for p in model.parameters()]
+
+    @functools.cached_property
+    def pairs(self):  # when surgery has been done
+        return [(p, p.detach().float().requires_grad_()) for p in self.model.parameters()]
 
     def start(self):
         names = [name for name, _ in self.model.named_parameters()]
