@@ -82,10 +82,11 @@ class TestDeepSpeed(AdapterContract):
         dtype = WEIGHTS.get(job.mode.options.get("weights"))
         if dtype is None:
             return super().train_plain(job)
-        model, scale = job.model.to(dtype), SCALE if dtype == torch.float16 else 1.0
+        model, scale = job.model, SCALE if dtype == torch.float16 else 1.0
         sums = torch.float32 if job.mode.options.get("sums") == "fp32" else dtype
         view = MasterWeights(model, sums)
         run = Run(job.recipe, model=model, seed=job.seed, parameters=view)
+        model.to(dtype)  # after the surgery, as DeepSpeed does
         masters = [master for _, master in view.pairs]
         optimizer = job.optimizer(masters)
         steps = job.epochs * STEPS_PER_EPOCH
