@@ -32,8 +32,13 @@ class Need(StrEnum):
 
 
 class Place(IntEnum):
-    """Where an algorithm stands in a recipe; within a place the user's order holds."""
+    """Where an algorithm stands in a recipe; within a place the user's order holds.
 
+    ``STRUCTURE`` is for surgery that replaces parameters, before surgery that changes how the
+    layers, old and new, compute.
+    """
+
+    STRUCTURE = -10
     SURGERY = 0
     SELECTION = 10
     AUGMENTATION = 20

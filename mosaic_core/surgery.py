@@ -7,6 +7,7 @@ without a complaint and compute something else; :func:`sentinel` prevents that.
 """
 
 import fnmatch
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ __all__ = [
     "accept_sentinel",
     "is_sentinel",
     "matching",
-    "mixed_in",
+    "original_class",
     "sentinel",
     "swap_class",
     "warn_no_effect",
 ]
 
 _SENTINEL = "mosaic: "
+_ORIGINAL = "mosaic_original_class"  # attribute of a module whose class was swapped
+_STACK = "mosaic_stack"  # attribute of a class made of others
 
 
 @dataclass
@@ -66,20 +69,47 @@ def matching(model: nn.Module, patterns: str | Iterable[str]) -> Iterator[tuple[
             yield name, module
 
 
+class Mixin(nn.Module):
+    """Behaviour that :func:`swap_class` adds to modules of any class.
+
+    Example:
+        >>> class Loud(Mixin):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> layer = nn.Identity()
+        >>> swap_class(layer, Loud)
+        >>> layer(3), type(layer).__name__
+        (6, 'Identity')
+    """
+
+
 def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> None:
-    """Turn a module into a subclass of its class, in place.
+    """Turn a module into one of a class that behaves otherwise, in place.
+
+    Swaps stack: on a subclass of ``new``'s base, also on one that another swap put there, a class
+    is made that derives from both, ``new`` first. It copies and pickles, and is named like the
+    class at its bottom, as trainers choose layers by name. A mixin that is there already stays.
 
     Args:
         module: The module; its parameters, buffers, hooks and name stay.
-        new: A subclass of its class that adds behaviour and no parameters.
+        new: A class that adds behaviour and no parameters, and calls ``super()``. It extends the
+            module's class, a base of it other than ``nn.Module``, or :class:`Mixin`.
         attributes: Attributes the subclass reads; tensors become buffers outside the state dict.
 
     Raises:
-        TypeError: If ``new`` is not a subclass of the module's class.
+        TypeError: If ``new`` extends nothing that the module is.
     """
-    if not issubclass(new, type(module)):
-        raise TypeError(f"swap_class: {new.__name__} is no subclass of {type(module).__name__}")
-    module.__class__ = new
+    old, swapped = type(module), new
+    if issubclass(new, Mixin) and issubclass(old, new):
+        swapped = old
+    elif issubclass(new, old):
+        pass
+    elif any(issubclass(old, base) or base is Mixin for base in set(new.__bases__) - {nn.Module}):
+        swapped = _stacked((new, *getattr(old, _STACK, (old,))))
+    else:
+        raise TypeError(f"swap_class: {new.__name__} is no subclass of {old.__name__}")
+    module.__dict__.setdefault(_ORIGINAL, old)
+    module.__class__ = swapped
     for name, value in attributes.items():
         if isinstance(value, torch.Tensor):
             module.register_buffer(name, value, persistent=False)
@@ -87,43 +117,27 @@ def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> No
             setattr(module, name, value)
 
 
-class Mixin(nn.Module):
-    """Behaviour for modules of any class; see :func:`mixed_in`."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the two classes, as the one made of them can't be imported."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _remake, type(self).__bases__, *reduced[2:]
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before its first swap."""
+    original: type[nn.Module] = module.__dict__.get(_ORIGINAL, type(module))
+    return original
 
 
-_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+@functools.cache
+def _stacked(stack: tuple[type[nn.Module], ...]) -> type[nn.Module]:
+    """Return the class that derives from some others, the first of which acts first."""
+    name = {n: getattr(stack[-1], n) for n in ("__module__", "__qualname__")}
+    return type(stack[-1].__name__, stack, {**name, _STACK: stack, "__reduce_ex__": _reduce})
 
 
-def mixed_in(mixin: type[Mixin], base: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of both classes for :func:`swap_class`, always the same.
-
-    Its modules copy and pickle. It is named like the base, as trainers choose layers by name.
-
-    Example:
-        >>> class Loud(Mixin):
-        ...     def forward(self, x):
-        ...         return 2 * super().forward(x)
-        >>> layer = nn.Identity()
-        >>> swap_class(layer, mixed_in(Loud, nn.Identity))
-        >>> layer(3), type(layer).__name__
-        (6, 'Identity')
-    """
-    if issubclass(base, mixin):
-        return base
-    if (mixin, base) not in _MIXED:
-        same = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        _MIXED[mixin, base] = type(base.__name__, (mixin, base), same)
-    return _MIXED[mixin, base]
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickle a module whose class cannot be found by its name."""
+    return _empty, getattr(type(module), _STACK), module.__getstate__()
 
 
-def _remake(mixin: type[Mixin], base: type[nn.Module]) -> nn.Module:
-    kind = mixed_in(mixin, base)
-    return kind.__new__(kind)
+def _empty(*stack: type[nn.Module]) -> nn.Module:
+    cls = _stacked(stack)
+    return cls.__new__(cls)
 
 
 def warn_no_effect(algorithm: str, looked_for: str, stacklevel: int = 3) -> None:

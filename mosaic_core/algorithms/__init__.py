@@ -11,6 +11,8 @@ from mosaic_core.algorithms._colout import *
 from mosaic_core.algorithms._cutmix import *
 from mosaic_core.algorithms._cutout import *
 from mosaic_core.algorithms._ema import *
+from mosaic_core.algorithms._factorize import *
+from mosaic_core.algorithms._ghost_batchnorm import *
 from mosaic_core.algorithms._gradient_clipping import *
 from mosaic_core.algorithms._gyro_dropout import *
 from mosaic_core.algorithms._label_smoothing import *
@@ -26,3 +28,4 @@ from mosaic_core.algorithms._squeeze_excite import *
 from mosaic_core.algorithms._stochastic_depth import *
 from mosaic_core.algorithms._swa import *
 from mosaic_core.algorithms._trivialaugment import *
+from mosaic_core.algorithms._weight_standardization import *

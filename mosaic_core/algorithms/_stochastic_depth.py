@@ -16,7 +16,7 @@ from mosaic_core.parameters import ReplicatedParameters
 from mosaic_core.progress import Duration
 from mosaic_core.random import uniform
 from mosaic_core.residual import Shortcut, no_gradient, residual_blocks
-from mosaic_core.surgery import Mixin, mixed_in, swap_class, warn_no_effect
+from mosaic_core.surgery import Mixin, swap_class, warn_no_effect
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -96,7 +96,7 @@ def apply_stochastic_depth(
     for i, (block, shortcut) in enumerate(blocks.values(), start=1):
         rate = drop_rate * (i / len(blocks) if drop_distribution == "linear" else 1)
         depth = _Depth(stochastic_method, rate, shortcut)
-        swap_class(block, mixed_in(_StochasticBlock, type(block)), mosaic_depth=depth)
+        swap_class(block, _StochasticBlock, mosaic_depth=depth)
     if not blocks:
         where = "" if target_layer_name is None else f" that matches {target_layer_name!r}"
         warn_no_effect("apply_stochastic_depth", f"residual block{where}")

@@ -190,7 +190,7 @@ class AdapterContract:
         try:
             ours = self.train(job)
         except UnsupportedError as error:
-            moved = distance(copied(dict(job.model.named_parameters())), before)
+            moved = _apart(copied(dict(job.model.named_parameters())), before)
             return Outcome(refused=str(error), weights=moved)
         expected = self.train_plain(self.job(recipe, mode, folder, **options))
         without = self.train_plain(self.job((), mode, folder, **options))
@@ -202,8 +202,8 @@ class AdapterContract:
             weights=distance(ours.weights, expected.weights),
             averaged=distance(ours.averaged, expected.averaged),
             effect=max(
-                distance(without.weights, {n: expected.weights[n] for n in without.weights}),
-                distance(without.averaged, {n: expected.averaged[n] for n in without.averaged}),
+                _apart(without.weights, expected.weights),
+                _apart(without.averaged, expected.averaged),
             ),
         )
 
@@ -433,3 +433,9 @@ class AdapterContract:
             for kind in ("weights", "averaged")
             for name, tensor in getattr(trained, kind).items()
         }
+
+
+def _apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return how far apart the weights lie that both have: surgery adds some, replaces some."""
+    names = a.keys() & b.keys()
+    return distance({n: a[n] for n in names}, {n: b[n] for n in names})

@@ -82,7 +82,7 @@ class TestDeepSpeed(AdapterContract):
         dtype = WEIGHTS.get(job.mode.options.get("weights"))
         if dtype is None:
             return super().train_plain(job)
-        model, scale = job.model.to(dtype), SCALE if dtype == torch.float16 else 1.0
+        model, scale = job.model, SCALE if dtype == torch.float16 else 1.0
         sums = torch.float32 if job.mode.options.get("sums") == "fp32" else dtype
         view = MasterWeights(model, sums)
         run = Run(
@@ -92,6 +92,7 @@ class TestDeepSpeed(AdapterContract):
             parameters=view,
             forward=lambda batch: model(batch[0].to(dtype)),
         )
+        model.to(dtype)  # after the surgery, as DeepSpeed does
         masters = [master for _, master in view.pairs]
         optimizer = job.optimizer(masters)
         steps = job.epochs * STEPS_PER_EPOCH

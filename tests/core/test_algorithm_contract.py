@@ -17,6 +17,8 @@ from mosaic_core.algorithms import (
     ColOut,
     CutMix,
     CutOut,
+    Factorize,
+    GhostBatchNorm,
     GradientClipping,
     LabelSmoothing,
     LayerFreezing,
@@ -25,6 +27,7 @@ from mosaic_core.algorithms import (
     RandAugment,
     SqueezeExcite,
     StochasticDepth,
+    WeightStandardization,
 )
 from mosaic_core.testing import AlgorithmContract
 
@@ -45,6 +48,8 @@ EXAMPLES: dict[str, list[Algorithm]] = {
         EMA(smoothing=0.9, ema_start="0.3dur", recompute_batchnorm=2),
         EMA("0.5dur", update_interval="2ba"),
     ],
+    "Factorize": [Factorize(factorize_linears=False, min_channels=16, latent_channels=3)],
+    "GhostBatchNorm": [GhostBatchNorm(4)],
     "GradientClipping": [GradientClipping("norm", 0.5), GradientClipping("value", 0.01)],
     "LabelSmoothing": [LabelSmoothing(0.3)],
     "LAWA": [LAWA(2, "2ba", offload=True, recompute_batchnorm=2), LAWA(update_interval="1ep")],
@@ -61,6 +66,7 @@ EXAMPLES: dict[str, list[Algorithm]] = {
     ],
     "SqueezeExcite": [SqueezeExcite(0.25, 3)],
     "StochasticDepth": [StochasticDepth("sample", 0.5, "uniform", target_layer_name="*norm2")],
+    "WeightStandardization": [WeightStandardization(n_last_layers_ignore=1)],
 }
 
 

@@ -68,11 +68,11 @@ def test_the_order_is_by_place_whatever_the_given_order(given: tuple[Algorithm, 
     assert list(Recipe(given)) == ORDERED
 
 
-def test_places_run_from_surgery_to_measuring() -> None:
+def test_places_run_from_structure_to_measuring() -> None:
     names = [place.name for place in sorted(Place)]
     assert names == [
-        *("SURGERY", "SELECTION", "AUGMENTATION", "MIXING", "SMOOTHING", "LAYOUT", "GRADIENTS"),
-        *("WEIGHTS", "MEASURING"),
+        *("STRUCTURE", "SURGERY", "SELECTION", "AUGMENTATION", "MIXING", "SMOOTHING", "LAYOUT"),
+        *("GRADIENTS", "WEIGHTS", "MEASURING"),
     ]
     every = [algorithm(place.name.title(), place) for place in reversed(Place)]
     assert [a.place for a in Recipe(every)] == sorted(Place)

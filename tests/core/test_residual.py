@@ -1,7 +1,6 @@
 """Residual blocks are found by what they compute, in every library's models."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import nn
 from torchvision import models
 
 from mosaic_core.residual import Shortcut, no_gradient, residual_blocks
-from mosaic_core.surgery import Mixin, mixed_in, swap_class
 
 
 class Residual(nn.Module):
@@ -268,30 +266,3 @@ class TestNoGradient:
     def test_frozen(self):
         block = nn.Linear(2, 2).requires_grad_(False)
         assert not no_gradient(block, torch.ones(2)).requires_grad
-
-
-class Doubled(Mixin):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class TestMixedIn:
-    def test_is_a_subclass_of_both_named_like_the_base(self):
-        kind = mixed_in(Doubled, nn.Linear)
-        assert issubclass(kind, Doubled)
-        assert issubclass(kind, nn.Linear)
-        assert (kind.__name__, kind.__module__) == ("Linear", nn.Linear.__module__)
-        assert mixed_in(Doubled, nn.Linear) is kind
-        assert mixed_in(Doubled, kind) is kind
-
-    def test_copies_and_files_keep_the_behaviour(self):
-        layer = nn.Linear(2, 2)
-        x = torch.ones(2)
-        expected = 2 * layer(x)
-        swap_class(layer, mixed_in(Doubled, nn.Linear))
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        for other in (layer, copy.deepcopy(layer), torch.load(file, weights_only=False)):
-            assert torch.equal(other(x), expected)
-            assert type(other) is type(layer)

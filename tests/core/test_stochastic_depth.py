@@ -284,7 +284,9 @@ class TestSkipping:
         assert [m.calls for m in model] == [1, 1]
 
     @pytest.mark.parametrize(
-        "form", [lambda y: (y,), lambda y: (y, None), lambda y: (y, y.sum())], ids=str
+        "form",
+        [lambda y: (y,), lambda y: (y, None), lambda y: (y, y.sum())],
+        ids=["alone", "none", "more"],
     )
     def test_tuples_stay_tuples(self, form):
         model, x = nn.Sequential(Block(form=form)), draw(2, 6)
