@@ -88,7 +88,8 @@ def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> No
 
     Swaps stack: on a subclass of ``new``'s base, also on one that another swap put there, a class
     is made that derives from both, ``new`` first. It copies and pickles, and is named like the
-    class at its bottom, as trainers choose layers by name. A mixin that is there already stays.
+    class at its bottom, as trainers choose layers by name; printed, it shows all of its classes. A
+    mixin that is there already stays.
 
     Args:
         module: The module; its parameters, buffers, hooks and name stay.
@@ -104,7 +105,9 @@ def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> No
         swapped = old
     elif issubclass(new, old):
         pass
-    elif any(issubclass(old, base) or base is Mixin for base in set(new.__bases__) - {nn.Module}):
+    elif any(
+        base is Mixin or issubclass(old, base) for base in set(new.__bases__) - {nn.Module, object}
+    ):
         swapped = _stacked((new, *getattr(old, _STACK, (old,))))
     else:
         raise TypeError(f"swap_class: {new.__name__} is no subclass of {old.__name__}")
@@ -126,8 +129,10 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 @functools.cache
 def _stacked(stack: tuple[type[nn.Module], ...]) -> type[nn.Module]:
     """Return the class that derives from some others, the first of which acts first."""
-    name = {n: getattr(stack[-1], n) for n in ("__module__", "__qualname__")}
-    return type(stack[-1].__name__, stack, {**name, _STACK: stack, "__reduce_ex__": _reduce})
+    names = {n: getattr(stack[-1], n) for n in ("__module__", "__qualname__")}
+    shown = "".join(cls.__name__.lstrip("_") for cls in stack)  # when a model is printed
+    own = {_STACK: stack, "__reduce_ex__": _reduce, "_get_name": lambda module: shown}
+    return type(stack[-1].__name__, stack, {**names, **own})
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
