@@ -54,6 +54,8 @@ class Adapter:
         overhead: ``"module:function"`` that times steps for ``mosaic bench overhead``; see
             :mod:`mosaic_core.bench.overhead`.
         modes: The ways to train that the contract suite proves, in the order of the columns.
+        kernels: ``"module:function"`` that returns the trainer's own function for a task, for
+            ``mosaic bench kernels``; see :mod:`mosaic_core.bench.kernels`. None where it has none.
         precedence: The lowest among the installed ones is used where a person names none.
     """
 
@@ -65,6 +67,7 @@ class Adapter:
     overhead: str
     modes: tuple[Mode, ...] = (Mode("fp32"),)
     precedence: int = 50
+    kernels: str | None = None
 
     def supports(self, algorithm: "type[Algorithm]", mode: Mode | None = None) -> bool:
         """Tell whether it delivers all that an algorithm needs, in some mode or in one."""
@@ -96,6 +99,6 @@ class Adapter:
                 )
 
     def load(self, what: str) -> Callable[..., Any]:
-        """Import and return ``"trainer"`` or ``"overhead"``."""
+        """Import and return ``"trainer"``, ``"overhead"`` or ``"kernels"``."""
         function: Callable[..., Any] = pkgutil.resolve_name(getattr(self, what))
         return function

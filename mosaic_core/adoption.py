@@ -34,6 +34,11 @@ class NewParameters:
         """The ``id`` of every parameter that is gone from the model."""
         return {id(host) for host, _, gone in self._joining if gone}
 
+    @property
+    def added(self) -> set[int]:
+        """The ``id`` of every new parameter."""
+        return {id(parameter) for _, new, _ in self._joining for parameter in new}
+
     def join(self, optimizers: Sequence[Any]) -> None:
         """Put them into the groups of optimizers that do not hold them yet.
 

@@ -1,10 +1,12 @@
 """What an algorithm is: frozen settings, the points of a run where it acts, and its card."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 
@@ -21,6 +23,7 @@ class Need(StrEnum):
 
     SURGERY = "graph surgery"
     OPTIMIZER = "optimizer"
+    SELECTION = "selection of examples"
     BATCH = "batch"
     LOSS = "loss"
     GRADIENTS = "gradients"
@@ -29,8 +32,13 @@ class Need(StrEnum):
 
 
 class Place(IntEnum):
-    """Where an algorithm stands in a recipe; within a place the user's order holds."""
+    """Where an algorithm stands in a recipe; within a place the user's order holds.
 
+    ``STRUCTURE`` is for surgery that replaces parameters, before surgery that changes how the
+    layers, old and new, compute.
+    """
+
+    STRUCTURE = -10
     SURGERY = 0
     SELECTION = 10
     AUGMENTATION = 20
@@ -98,9 +106,24 @@ class Algorithm:
     """Names of algorithms, and of trainer features, that contradict it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Algorithm":
-        """Refuse to make the base class itself, which would be a silent no-op in a recipe."""
+        """Check what no subclass should have to: that it is whole, and the types of settings.
+
+        Raises:
+            TypeError: For the base class, which would be a silent no-op in a recipe, a subclass
+                without a place, and a setting of another type than its field.
+        """
         if cls is Algorithm:
             raise TypeError("Algorithm is abstract: use one of mosaic_core.algorithms")
+        if not hasattr(cls, "place"):
+            raise TypeError(f"{cls.__name__}: an algorithm must set place, a member of Place")
+        fields: tuple[dataclasses.Field[Any], ...] = ()
+        if dataclasses.is_dataclass(cls):
+            fields = dataclasses.fields(cls)
+        given = dict(zip((f.name for f in fields), args, strict=False)) | kwargs
+        for f in fields:
+            if f.name in given and not _fits(given[f.name], f.type):
+                kinds = " or ".join(_WORDS.get(kind, str(kind)) for kind in _union(f.type))
+                raise TypeError(f"{cls.__name__}: {f.name} must be {kinds}, got {given[f.name]!r}")
         return super().__new__(cls)
 
     @property
@@ -130,14 +153,18 @@ class Algorithm:
     def needs(cls) -> frozenset[Need]:
         """What it needs of a trainer, derived from the points it overrides."""
         found = {need for point, need in _POINTS.items() if cls.acts_at(point)}
-        return frozenset(found | ({Need.LOSS} if cls.changes_labels else set()))
+        if cls.changes_labels:
+            found.add(Need.LOSS)
+        if cls.acts_at("on_batch") and cls.place is Place.SELECTION:
+            found.add(Need.SELECTION)
+        return frozenset(found)
 
     @classmethod
     def example(cls) -> "Algorithm":
         """Return an instance for the contract suites, which train it on a small network.
 
         It acts within the first three steps; the network's layers are called ``conv1``,
-        ``norm1``, ``conv2``, ``norm2`` and ``head``, perhaps inside another module.
+        ``norm1``, ``conv2``, ``norm2``, ``drop`` and ``head``, perhaps inside another module.
         """
         return cls()
 
@@ -198,5 +225,32 @@ class Algorithm:
         """Restore what :meth:`state_dict` returned; the model's weights are already loaded."""
 
     def replays(self) -> int:
-        """Number of latest micro-batches the run should keep for ``run.replay()``."""
+        """Number of latest micro-batches to keep, to recompute batch-norm statistics on them."""
         return 0
+
+
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    float: "a number",
+    int: "a whole number",
+    str: "a text",
+    type(None): "None",
+}
+
+
+def _union(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a setting may have a value; choices among texts are checked by the algorithm."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, member) for member in get_args(kind))
+    if kind in (float, int):  # numbers of NumPy too, but True is no number
+        return isinstance(value, Real if kind is float else Integral) and not isinstance(
+            value, bool
+        )
+    origin = get_origin(kind) or kind
+    if origin in (Any, Literal) or not isinstance(origin, type):
+        return True
+    return isinstance(value, origin)

@@ -10,7 +10,7 @@ import torch
 from mosaic_core.errors import BatchError
 from mosaic_core.mixture import Mixture
 
-__all__ = ["Batch", "Key", "Locator", "describe"]
+__all__ = ["Batch", "Key", "Locator", "describe", "select_examples"]
 
 Key = int | str | tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 """Where a value lies: an index, a name, or a pair ``(get(batch), set(batch, value) -> batch)``."""
@@ -29,12 +29,18 @@ class Batch:
     Args:
         input: The input, shape ``(N, ...)``, on the device of training.
         labels: The mixture of labels so far; None in a recipe that never touches labels.
+        kept: Which examples of the trainer's batch are left, int64; None for all.
     """
 
-    __slots__ = ("_labels", "input")
+    __slots__ = ("_labels", "input", "kept")
 
-    def __init__(self, input: torch.Tensor, labels: Mixture | None = None) -> None:
-        self.input, self._labels = input, labels
+    def __init__(
+        self,
+        input: torch.Tensor,
+        labels: Mixture | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> None:
+        self.input, self._labels, self.kept = input, labels, kept
 
     @property
     def labels(self) -> Mixture:
@@ -54,8 +60,19 @@ class Batch:
     def replace(self, input: torch.Tensor | None = None, labels: Mixture | None = None) -> "Batch":
         """Return a batch with another input, other labels, or both."""
         return Batch(
-            self.input if input is None else input, self._labels if labels is None else labels
+            self.input if input is None else input,
+            self._labels if labels is None else labels,
+            self.kept,
         )
+
+    def select(self, indices: torch.Tensor) -> "Batch":
+        """Return a batch of some of the examples, int64 indices of shape ``(n,)``.
+
+        Whatever else the trainer's batch holds for each example is selected alike.
+        """
+        labels = None if self._labels is None else self._labels.select(indices)
+        kept = indices if self.kept is None else self.kept[indices]
+        return Batch(self.input[indices], labels, kept)
 
 
 class Locator:
@@ -131,6 +148,29 @@ class Locator:
                     f"Locator: the setter of {role}_key must return the new batch, got None"
                 )
         return new
+
+
+def select_examples(value: Any, indices: torch.Tensor, count: int) -> Any:
+    """Return a copy of a batch with some of its examples.
+
+    Args:
+        value: A batch of tensors in mappings, sequences and dataclasses; what is no tensor of
+            ``count`` rows stays.
+        indices: The examples to keep, int64, shape ``(n,)``.
+        count: Number of examples in it.
+    """
+    if isinstance(value, torch.Tensor):
+        return value[indices] if value.dim() and len(value) == count else value
+    keys: Any = _fields(value)
+    if keys is None and isinstance(value, list | tuple):
+        keys = range(len(value))
+    new = value
+    for key in () if keys is None else keys:
+        item = _get(value, key)
+        selected = select_examples(item, indices, count)
+        if selected is not item:
+            new = _set(new, key, selected)
+    return new
 
 
 def describe(value: Any) -> str:

@@ -17,6 +17,7 @@ from mosaic_core.errors import nearest
 
 __all__ = [
     "HEADER",
+    "MATRIX_HEADER",
     "Row",
     "Setting",
     "card",
@@ -25,13 +26,14 @@ __all__ = [
     "markdown",
     "matrix",
     "matrix_markdown",
+    "matrix_rows",
     "settings",
     "table",
-    "verdict",
     "write_readme",
 ]
 
 HEADER = ("Method", "Category", "Needs", "Trainers", "Reference")
+MATRIX_HEADER = ("Mode", "Exact", "Refused")
 
 _BEGIN = "<!-- mosaic table: begin (written by nox -s readme) -->"
 _END = "<!-- mosaic table: end -->"
@@ -105,19 +107,28 @@ def markdown() -> str:
     return _markdown(HEADER, (row.cells(markdown=True) for row in table()))
 
 
+def matrix_rows() -> dict[str, list[tuple[str, str, str]]]:
+    """Return trainer -> a row of texts under ``MATRIX_HEADER`` for each mode."""
+    texts: dict[str, list[tuple[str, str, str]]] = {}
+    for title, algorithms in matrix().items():
+        texts[title] = []
+        for mode in next(iter(algorithms.values()), {}):
+            missing = {name: row[mode] for name, row in algorithms.items() if row[mode]}
+            refused = [f"{name} ({_without(what)})" for name, what in missing.items()]
+            exact = len(algorithms) - len(missing)
+            texts[title].append((mode, f"{exact} of {len(algorithms)}", ", ".join(refused) or "-"))
+    return texts
+
+
 def matrix_markdown() -> str:
     """Return the matrix in Markdown, a table for each trainer."""
-    texts = []
-    for title, rows in matrix().items():
-        modes = next(iter(rows.values()), {})
-        cells = ((name, *map(verdict, row.values())) for name, row in rows.items())
-        texts.append(f"### {title}\n\n{_markdown(('Method', *modes), cells)}")
-    return "\n".join(texts)
+    return "\n".join(
+        f"### {title}\n\n{_markdown(MATRIX_HEADER, rows)}" for title, rows in matrix_rows().items()
+    )
 
 
-def verdict(missing: tuple[str, ...]) -> str:
-    """Return the text of a cell of the matrix."""
-    return f"no {', no '.join(missing)}" if missing else "yes"
+def _without(missing: Iterable[str]) -> str:
+    return f"no {', no '.join(missing)}"
 
 
 def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -240,7 +251,7 @@ def card(name: str, width: int = 88) -> str:
     adapters = sorted(plugins.adapters().values(), key=lambda adapter: adapter.title)
     supporting = [a.title for a in adapters if a.supports(cls)]
     refusing = [
-        f"{a.title} {mode.name} ({verdict(missing)})"
+        f"{a.title} {mode.name} ({_without(missing)})"
         for a in adapters
         for mode in a.modes
         if (missing := a.missing(cls, mode))

@@ -57,6 +57,7 @@ def restore(run: "Run", state: dict[str, Any]) -> None:
     for name in ("step", "epoch", "samples", "tokens"):
         setattr(run.progress, name, state["progress"][name])
     run.progress.micro_batch = 0
+    run.recent.clear()  # they are not of this training
     run.averaged.forget()
     for algorithm in run.recipe:
         algorithm.load_state_dict(state["states"][algorithm.name], run)

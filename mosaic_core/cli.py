@@ -127,13 +127,15 @@ def list_(
         elif markdown:
             typer.echo(catalog.matrix_markdown() if matrix else catalog.markdown(), nl=False)
         elif matrix:
-            for title, rows in catalog.matrix().items():
-                table = Table("Method", *next(iter(rows.values()), {}), title=title)
-                for name, row in rows.items():
-                    table.add_row(name, *map(catalog.verdict, row.values()))
+            for title, rows in catalog.matrix_rows().items():
+                table = Table(*catalog.MATRIX_HEADER, title=title)
+                table.columns[0].no_wrap = True
+                for row in rows:
+                    table.add_row(*row)
                 Console().print(table)
         else:
             table = Table(*catalog.HEADER)
+            table.columns[0].no_wrap = True
             for entry in catalog.table():
                 table.add_row(*entry.cells(), style=None)
             Console().print(table)
@@ -266,6 +268,46 @@ def bench_overhead(
             over = (f"{arm.over:+.0f}", "{:+.0f} to {:+.0f}".format(*arm.spread))
             table.add_row(arm.name, f"{arm.step:.0f}", *(over if arm is not arms[0] else ("", "")))
         console.print(table)
+
+
+@_bench.command("kernels")
+def bench_kernels(
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks to time for each library.")] = 21,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the figures and the environment as JSON.")
+    ] = None,
+) -> None:
+    """Time our functions beside those of other libraries that are installed, in turns."""
+    with _told():
+        from mosaic_core import plugins
+        from mosaic_core.bench import kernels
+        from mosaic_core.doctor import version_of
+
+        console = Console()
+        peers = {
+            adapter.title: adapter.load("kernels")
+            for adapter in plugins.adapters().values()
+            if adapter.kernels is not None and version_of(adapter)
+        }
+        table = Table("task", "on", "library", title="Our time by theirs: below 1, ours is faster")
+        for column in ("µs/call", "ours / theirs", "quartiles of blocks"):
+            table.add_column(column, justify="right")
+        results = []
+        with console.status("") as status:
+            for kernel in kernels.kernels(peers):
+                status.update(f"{kernel.name} on {kernel.on}")
+                arms = kernels.measure(kernel, blocks)
+                results.append((kernel, arms))
+                for arm in arms:
+                    spread = "{:.2f} to {:.2f}".format(*arm.spread)
+                    ratio = (
+                        ("", "") if arm.library == kernels.OURS else (f"{arm.ratio:.2f}", spread)
+                    )
+                    first = (kernel.name, kernel.on) if arm is arms[0] else ("", "")
+                    table.add_row(*first, arm.library, f"{arm.call:.0f}", *ratio)
+        console.print(table)
+        if output is not None:
+            output.write_text(kernels.to_json(results), encoding="utf-8")
 
 
 def _all_trainers() -> "list[Adapter]":

@@ -41,5 +41,5 @@ def nearest(name: object, known: Iterable[str]) -> str:
     known = sorted(known)
     lowered = {k.lower(): k for k in known}
     close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
-    hint = f"; did you mean {lowered[close[0]]!r}?" if close else ""
+    hint = f"; did you mean {lowered[close[0]]!r}?" if close else "."
     return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -4,6 +4,7 @@ The value is the weighted sum of the losses of the components; with ``reduction=
 divided by what torch divides by for class indices, the weights of the counted examples.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,31 @@ def evaluate(
     value = _LOSSES[function](mixture, function, input, args, dict(kwargs or {}))
     if mixture.receipt.values is not None:
         mixture.receipt.values.append(value)
+    if mixture.receipt.elements is not None:
+        mixture.receipt.elements.append(_elements(mixture.label, function, input, args, kwargs))
     return value
+
+
+def _elements(
+    label: Tensor,
+    function: Callable[..., Tensor],
+    input: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a loss on plain labels without its reduction; tell which elements count."""
+    call = inspect.signature(function).bind(input, label, *args, **(kwargs or {}))
+    if "reduction" not in call.signature.parameters:
+        raise UnsupportedError(
+            f'{_name(function)}: the losses of single examples need reduction="none", which it'
+            " does not take"
+        )
+    call.arguments["reduction"] = "none"
+    loss = function(*call.args, **call.kwargs)
+    counted = torch.ones_like(loss)
+    if function in (F.cross_entropy, F.nll_loss) and not label.is_floating_point():
+        counted = (label != call.arguments.get("ignore_index", -100)).to(loss.dtype)
+    return loss, counted
 
 
 def _over_classes(

@@ -24,10 +24,13 @@ class Receipt:
     Attributes:
         consumed: Whether one has.
         values: What the losses returned, in a list, if somebody wants to know.
+        elements: The losses without their reduction, each with the number of labels that count
+            in every element, in a list, if somebody wants to know.
     """
 
     consumed: bool = False
     values: list[Tensor] | None = None
+    elements: list[tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,20 @@ generator state.
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "generator", "to_device", "uniform"]
+__all__ = [
+    "beta",
+    "derive_seed",
+    "generator",
+    "permutation",
+    "span",
+    "to_device",
+    "uniform",
+    "uniform_at",
+]
 
 
 def derive_seed(*key: int | str) -> int:
@@ -24,6 +34,42 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
+def beta(alpha: float, generator: torch.Generator | None) -> float:
+    """Draw from Beta(alpha, alpha)."""
+    # torch's own Beta takes no generator, so the generator seeds NumPy's.
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
+
+
+def permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw a permutation of n, int64, and put it on a device without waiting for the device."""
+    return to_device(torch.randperm(n, generator=generator), device)
+
+
+def span(
+    size: int, length: int, uniform: bool, generator: torch.Generator | None
+) -> tuple[int, int]:
+    """Draw an interval among the positions of an axis, clipped to them.
+
+    Args:
+        size: Number of positions.
+        length: Length of the interval before it is clipped, at least 0.
+        uniform: Whether each position is as likely to lie in it, its centre then being outside at
+            times; else the centre is uniform over the positions.
+        generator: CPU generator to draw from; None draws from torch's default one.
+
+    Returns:
+        Its start, and its end, exclusive; it is empty only where ``length`` is 0.
+    """
+    if not length:
+        return 0, 0
+    if uniform:
+        start = 1 - length + int(torch.randint(size + length - 1, (), generator=generator))
+    else:
+        start = int(torch.randint(size, (), generator=generator)) - length // 2
+    return max(start, 0), min(start + length, size)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a small tensor drawn on the CPU to a device without waiting for the device."""
     if device.type == "cuda":  # from pageable memory the copy would synchronise
@@ -33,9 +79,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def uniform(shape: tuple[int, ...], seed: Tensor, device: torch.device) -> Tensor:
     """Draw float32 uniforms in [0, 1) that depend on a seed tensor and the position alone.
-
-    A counter hashed twice by multiply-and-shift: the same numbers on every device and in every
-    recomputation, and traceable by ``torch.compile``, which a generator is not.
 
     Args:
         shape: Shape of the result.
@@ -48,12 +91,27 @@ def uniform(shape: tuple[int, ...], seed: Tensor, device: torch.device) -> Tenso
     count = 1
     for size in shape:
         count *= size
-    bits = torch.arange(count, device=device, dtype=torch.int64)
-    mask = 0xFFFFFFFF  # 32-bit words in int64: the products below never overflow
+    return uniform_at(torch.arange(count, device=device, dtype=torch.int64), seed).reshape(shape)
+
+
+def uniform_at(positions: Tensor, seed: Tensor) -> Tensor:
+    """Draw the float32 uniforms of :func:`uniform` at some positions.
+
+    A counter hashed thrice by multiply-and-shift: the same numbers on every device and in every
+    recomputation, and traceable by ``torch.compile``, which a generator is not.
+
+    Args:
+        positions: int64, of any shape; what exceeds 32 bits is cut off.
+        seed: int64, shape ``()``, in [0, 2**63); on the same device or on the CPU.
+
+    Returns:
+        A new float32 tensor of the shape of ``positions``.
+    """
+    bits, mask = positions, 0xFFFFFFFF  # 32-bit words in int64: the products never overflow
     low, high = seed & mask, (seed >> 32) & mask
     for word in (low, high, low):
         bits = (bits ^ word) & mask
         bits = ((bits >> 16) ^ bits) * 0x45D9F3B & mask
         bits = ((bits >> 15) ^ bits) * 0x2C1B3C6D & mask
         bits = (bits >> 16) ^ bits
-    return ((bits >> 8).to(torch.float32) / (1 << 24)).reshape(shape)
+    return (bits >> 8).to(torch.float32) / (1 << 24)

@@ -1,5 +1,6 @@
 """An ordered, checked composition of algorithms."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,20 @@ class Recipe:
 
     def __init__(self, algorithms: "Iterable[Algorithm] | Recipe | None" = ()) -> None:
         if isinstance(algorithms, str | Algorithm | type):
-            raise TypeError(f"Recipe: algorithms must be a list of algorithms, got {algorithms!r}")
+            read = ""
+            if isinstance(algorithms, str):
+                read = "; read a recipe with Recipe.from_yaml(Path('recipe.yaml'))"
+            raise TypeError(
+                f"Recipe: algorithms must be a list of algorithms, got {algorithms!r}{read}"
+            )
         given = [] if algorithms is None else list(algorithms)
         for item in given:
             if not isinstance(item, Algorithm):
-                made = f"; write {item.__name__}()" if isinstance(item, type) else ""
-                raise TypeError(f"Recipe: every member must be an algorithm, got {item!r}{made}")
+                home = type(item).__module__  # a trainer may have one of the same name
+                hint = "" if home == "builtins" else f", of {home}"
+                if isinstance(item, type) and issubclass(item, Algorithm):
+                    hint = f"; write {item.__name__}()"
+                raise TypeError(f"Recipe: every member must be an algorithm, got {item!r}{hint}")
         self.algorithms: tuple[Algorithm, ...] = tuple(sorted(given, key=lambda a: a.place))
         names = [a.name for a in self.algorithms]
         for name in names:
@@ -123,15 +132,17 @@ class Recipe:
         """
         text = source.read_text() if isinstance(source, Path) else source
         try:
-            entries = yaml.safe_load(text)
+            entries = yaml.load(text, Loader=_Loader)  # a safe one
         except yaml.YAMLError as error:
             raise ValueError(f"Recipe.from_yaml: not valid YAML: {error}") from error
-        if entries is not None and not isinstance(entries, list):
-            raise ValueError(
-                "Recipe.from_yaml: a recipe must be a list of algorithms, got"
-                f" {type(entries).__name__}: {text[:80]!r}"
-            )
-        return cls([_algorithm(entry) for entry in entries or []])
+        if not isinstance(entries, list):
+            hint = "nothing; write [] for an empty one"
+            if entries is not None:
+                hint = f"{type(entries).__name__}: {text[:80]!r}"
+            if isinstance(entries, str):
+                hint += "; to read a file, give a pathlib.Path"
+            raise ValueError(f"Recipe.from_yaml: a recipe must be a list of algorithms, got {hint}")
+        return cls([_algorithm(entry) for entry in entries])
 
     def __iter__(self) -> Iterator[Algorithm]:
         return iter(self.algorithms)
@@ -147,6 +158,15 @@ class Recipe:
 
     def __repr__(self) -> str:
         return f"Recipe([{', '.join(map(repr, self.algorithms))}])"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-3`` as a number, as everybody but YAML 1.1 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 
 class _Dumper(yaml.SafeDumper):

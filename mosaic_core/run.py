@@ -25,7 +25,8 @@ from mosaic_core import checkpoint, random
 from mosaic_core.adoption import NewParameters
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.averaged import AveragedWeights
-from mosaic_core.batch import Batch, Key, Locator, describe
+from mosaic_core.batch import Batch, Key, Locator, describe, select_examples
+from mosaic_core.batchnorm import batch_norms
 from mosaic_core.errors import UnsupportedError
 from mosaic_core.mixture import Mixture
 from mosaic_core.parameters import Parameters, ReplicatedParameters, replicated_parameters
@@ -57,8 +58,13 @@ class Run:
         target_key: The same of the target.
         carrier: ``"target"`` lets the target carry a mixture of labels to the loss;
             ``"proxy"`` leaves the labels plain and the mixture in ``run.mixture``.
-        forward: Runs the model on one training batch; None calls ``model(input)``.
+        forward: Runs the model on one training batch, and the loss where that is not in a loop,
+            and returns the model's output or None; None calls ``model(input)``.
         parameters: View of the parameters where they are sharded; None for replicated ones.
+
+    Attributes:
+        recent: The latest transformed micro-batches, newest last, as many as an algorithm keeps;
+            none where the model has no batch norms.
 
     Raises:
         ValueError: If ``carrier`` is neither.
@@ -108,6 +114,7 @@ class Run:
         self.averaged, self.two_passes = AveragedWeights(self), SecondPass(self)
         self._states: dict[str, Any] = {}
         self._pending: list[Mixture] = []
+        self.whole: Any = None  # the trainer's batch while it is being transformed
 
         def acting(point: str) -> list[Algorithm]:
             return [a for a in self.recipe if a.acts_at(point)]
@@ -117,12 +124,13 @@ class Run:
         self._on_step_end = acting("on_step_end")
         self._on_epoch_end = acting("on_epoch_end")
         self._labels = any(a.changes_labels or a.reads_labels for a in self.recipe)
-        self._recent: deque[Any] = deque(maxlen=max((a.replays() for a in self.recipe), default=0))
 
         for algorithm in acting("prepare_model"):
             algorithm.prepare_model(model, self)
         if any(self.report.changes.values()):
             accept_sentinel(model)
+        kept = max((a.replays() for a in self.recipe), default=0) if batch_norms(model) else 0
+        self.recent: deque[Any] = deque(maxlen=kept)
         if optimizer is not None:
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
             self.start(optimizers, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -174,7 +182,7 @@ class Run:
         self.progress, self.metrics = Progress(), {}
         self._states.clear()
         self._pending.clear()
-        self._recent.clear()
+        self.recent.clear()
 
     # What algorithms ask of the run.
 
@@ -192,16 +200,20 @@ class Run:
                 " call run.start([optimizer])"
             ) from None
 
-    def seed_for(self, algorithm: Algorithm, *key: int | str, shared: bool = False) -> int:
+    def seed_for(
+        self, algorithm: Algorithm, *key: int | str, shared: bool = False, lasting: bool = False
+    ) -> int:
         """Return the seed of this algorithm for this micro-batch, in [0, 2**63).
 
         Args:
             algorithm: Who draws.
             key: What is drawn, where an algorithm draws more than one thing.
             shared: Whether all ranks draw the same.
+            lasting: Whether it is the same at every step.
         """
-        at = (self.progress.step, self.progress.micro_batch, -1 if shared else self.rank)
-        return random.derive_seed(self.seed, algorithm.name, *at, *key)
+        at = (-1, -1) if lasting else (self.progress.step, self.progress.micro_batch)
+        rank = -1 if shared else self.rank
+        return random.derive_seed(self.seed, algorithm.name, *at, rank, *key)
 
     def generator(
         self, algorithm: Algorithm, *key: int | str, shared: bool = False
@@ -213,17 +225,11 @@ class Run:
         """Set a value for the trainer's logger, under ``mosaic/name``; a tensor is not read."""
         self.metrics[f"mosaic/{name}"] = value
 
-    @property
-    def recent(self) -> Sequence[Any]:
-        """The latest transformed micro-batches, newest last, as many as an algorithm keeps."""
-        return self._recent
-
-    def forward(self, batch: Any) -> None:
-        """Run the model forward on one training batch, as the trainer does."""
+    def forward(self, batch: Any) -> Any:
+        """Run the model forward on one training batch, as the trainer does; return its output."""
         if self._forward is None:
-            self.model(self.locator.read(batch, "input"))
-        else:
-            self._forward(batch)
+            return self.model(self.locator.read(batch, "input"))
+        return self._forward(batch)
 
     # What adapters, and plain loops, call.
 
@@ -246,8 +252,8 @@ class Run:
         whole = batch[0] if len(batch) == 1 else batch
         if self._on_batch:
             whole = self._transform(whole)
-        if self._recent.maxlen:
-            self._recent.append(whole)
+        if self.recent.maxlen:
+            self.recent.append(whole)
         self.progress.micro_batch += 1
         return whole
 
@@ -275,9 +281,12 @@ class Run:
         if not input.is_floating_point():
             self.progress.tokens += input.numel() * self.world_size
 
-        batch = Batch(input, plain)
+        batch, self.whole = Batch(input, plain), whole
         for algorithm in self._on_batch:
             batch = algorithm.on_batch(batch, self)
+        self.whole = None
+        if batch.kept is not None:
+            whole = select_examples(whole, batch.kept, len(input))
 
         values: dict[str, Any] = {} if batch.input is input else {"input": batch.input}
         if plain is not None:
@@ -297,8 +306,9 @@ class Run:
             LossError: If one did not.
         """
         pending, self._pending = self._pending, []
-        if not all(mixture.receipt.consumed for mixture in pending):
-            raise unconsumed()
+        for mixture in pending:
+            if not mixture.receipt.consumed:
+                raise unconsumed(mixture)
 
     def skip_batch(self) -> None:
         """Forget what the last micro-batch asked of the loss: the trainer may have skipped it."""

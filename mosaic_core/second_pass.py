@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from mosaic_core.algorithm import Algorithm, Need
+from mosaic_core.untraced import Untraced
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -28,8 +28,7 @@ class SecondPass:
         self._run = run
         self._algorithms = [a for a in run.recipe if Need.SECOND_PASS in a.needs()]
         self._acting: list[Algorithm] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._streams: list[Tensor] = []
+        self._untraced: Untraced | None = None
 
     @property
     def due(self) -> list[Algorithm]:
@@ -59,29 +58,13 @@ class SecondPass:
             algorithm.on_first_pass(self._run)
         view.publish()
         view.drop_grads()
-        self._buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in self._run.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-        self._streams = _streams()
+        self._untraced = Untraced(self._run.model)
 
     @torch.no_grad()
     def end(self) -> None:
         """Put buffers and random streams back, and let the algorithms act on the new gradients."""
-        for module, name, buffer, value in self._buffers:
-            setattr(module, name, buffer.copy_(value))  # forward may have replaced it
-        if self._streams:
-            torch.set_rng_state(self._streams[0])
-            for state in self._streams[1:]:
-                torch.cuda.set_rng_state(state)
-        acting, self._acting = self._acting, []
-        self._buffers, self._streams = [], []
+        if self._untraced is not None:
+            self._untraced.restore()
+        acting, self._acting, self._untraced = self._acting, [], None
         for algorithm in acting:
             algorithm.on_second_pass(self._run)
-
-
-def _streams() -> list[Tensor]:
-    """Return the state of the random stream of the CPU, and of the current GPU if one is used."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]

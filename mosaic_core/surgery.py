@@ -7,6 +7,7 @@ without a complaint and compute something else; :func:`sentinel` prevents that.
 """
 
 import fnmatch
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,16 +19,20 @@ from torch import nn
 from mosaic_core.errors import NoEffectWarning
 
 __all__ = [
+    "Mixin",
     "Report",
     "accept_sentinel",
     "is_sentinel",
     "matching",
+    "original_class",
     "sentinel",
     "swap_class",
     "warn_no_effect",
 ]
 
 _SENTINEL = "mosaic: "
+_ORIGINAL = "mosaic_original_class"  # attribute of a module whose class was swapped
+_STACK = "mosaic_stack"  # attribute of a class made of others
 
 
 @dataclass
@@ -64,25 +69,80 @@ def matching(model: nn.Module, patterns: str | Iterable[str]) -> Iterator[tuple[
             yield name, module
 
 
+class Mixin(nn.Module):
+    """Behaviour that :func:`swap_class` adds to modules of any class.
+
+    Example:
+        >>> class Loud(Mixin):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> layer = nn.Identity()
+        >>> swap_class(layer, Loud)
+        >>> layer(3), type(layer).__name__
+        (6, 'Identity')
+    """
+
+
 def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> None:
-    """Turn a module into a subclass of its class, in place.
+    """Turn a module into one of a class that behaves otherwise, in place.
+
+    Swaps stack: on a subclass of ``new``'s base, also on one that another swap put there, a class
+    is made that derives from both, ``new`` first. It copies and pickles, and is named like the
+    class at its bottom, as trainers choose layers by name; printed, it shows all of its classes. A
+    mixin that is there already stays.
 
     Args:
         module: The module; its parameters, buffers, hooks and name stay.
-        new: A subclass of its class that adds behaviour and no parameters.
+        new: A class that adds behaviour and no parameters, and calls ``super()``. It extends the
+            module's class, a base of it other than ``nn.Module``, or :class:`Mixin`.
         attributes: Attributes the subclass reads; tensors become buffers outside the state dict.
 
     Raises:
-        TypeError: If ``new`` is not a subclass of the module's class.
+        TypeError: If ``new`` extends nothing that the module is.
     """
-    if not issubclass(new, type(module)):
-        raise TypeError(f"swap_class: {new.__name__} is no subclass of {type(module).__name__}")
-    module.__class__ = new
+    old, swapped = type(module), new
+    if issubclass(new, Mixin) and issubclass(old, new):
+        swapped = old
+    elif issubclass(new, old):
+        pass
+    elif any(
+        base is Mixin or issubclass(old, base) for base in set(new.__bases__) - {nn.Module, object}
+    ):
+        swapped = _stacked((new, *getattr(old, _STACK, (old,))))
+    else:
+        raise TypeError(f"swap_class: {new.__name__} is no subclass of {old.__name__}")
+    module.__dict__.setdefault(_ORIGINAL, old)
+    module.__class__ = swapped
     for name, value in attributes.items():
         if isinstance(value, torch.Tensor):
             module.register_buffer(name, value, persistent=False)
         else:
             setattr(module, name, value)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before its first swap."""
+    original: type[nn.Module] = module.__dict__.get(_ORIGINAL, type(module))
+    return original
+
+
+@functools.cache
+def _stacked(stack: tuple[type[nn.Module], ...]) -> type[nn.Module]:
+    """Return the class that derives from some others, the first of which acts first."""
+    names = {n: getattr(stack[-1], n) for n in ("__module__", "__qualname__")}
+    shown = "".join(cls.__name__.lstrip("_") for cls in stack)  # when a model is printed
+    own = {_STACK: stack, "__reduce_ex__": _reduce, "_get_name": lambda module: shown}
+    return type(stack[-1].__name__, stack, {**names, **own})
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickle a module whose class cannot be found by its name."""
+    return _empty, getattr(type(module), _STACK), module.__getstate__()
+
+
+def _empty(*stack: type[nn.Module]) -> nn.Module:
+    cls = _stacked(stack)
+    return cls.__new__(cls)
 
 
 def warn_no_effect(algorithm: str, looked_for: str, stacklevel: int = 3) -> None:

@@ -137,16 +137,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def unconsumed() -> LossError:
+def unconsumed(mixture: Mixture) -> LossError:
     """Return the error for a step whose loss did not compute the mixture."""
+    smoothed = " (but label smoothing needs a cross entropy)" if mixture.smoothing else ""
     names = ", ".join(sorted(set(known_losses().values())))
     return LossError(
         "mosaic: the loss of this step ignored the mixed labels of the batch, so training would be"
         " silently wrong. Labels changed after the batch was mixed, other than by indexing,"
         f" reshaping and moving, are plain. Losses that compute a mixture: {names}, and the"
         " torch.nn modules made of them. For another loss(input, target): decorate it with"
-        " @mosaic_core.register_loss, or"
-        " take the algorithms that need the loss out of the recipe"
+        f" @mosaic_core.register_loss{smoothed}, or take the algorithms that need the loss out of"
+        " the recipe"
     )
 
 
@@ -220,7 +221,7 @@ class LossProxy:
             if weight is not None:
                 if weight.dim() and loss.shape[:1] != weight.shape:
                     raise UnsupportedError(
-                        "LossProxy: labels mixed with a weight per example need a loss of shape"
+                        "mosaic: labels mixed with a weight per example need a loss of shape"
                         f' (N, ...), as with reduction="none", got {tuple(loss.shape)}'
                     )
                 loss = loss * weight.reshape(weight.shape + (1,) * (loss.dim() - weight.dim()))
@@ -249,7 +250,7 @@ class LossProxy:
         value: Tensor = self._loss(prediction, MixedTarget.of(mixture), *args, **kwargs)
         if not mixture.receipt.consumed:
             raise UnsupportedError(
-                "LossProxy: label smoothing is defined for a cross entropy, the loss is"
+                "mosaic: label smoothing is defined for a cross entropy, and the loss is"
                 f" {self._loss!r}; take LabelSmoothing out of the recipe"
             )
         return value

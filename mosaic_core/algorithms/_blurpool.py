@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mosaic_core.algorithm import Algorithm, Card, Place
-from mosaic_core.surgery import swap_class, warn_no_effect
+from mosaic_core.surgery import original_class, swap_class, warn_no_effect
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -119,7 +119,9 @@ def apply_blurpool(
     names = []
     device = next(model.parameters(), torch.empty(0)).device  # a max-pool has none of its own
     for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and replace_convs:
+        if isinstance(module, BlurConv2d | ConvBlur2d | BlurMaxPool2d):
+            pass  # by an earlier call
+        elif original_class(module) is nn.Conv2d and replace_convs:
             if max(module.stride) > 1 and module.in_channels >= min_channels:
                 _blur_conv(module, blur_first)
         elif type(module) is nn.MaxPool2d and replace_maxpools:

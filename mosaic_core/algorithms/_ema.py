@@ -1,19 +1,27 @@
 """EMA: evaluate and keep an exponential moving average of the weights."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mosaic_core.algorithm import Algorithm, Card, Place
+from mosaic_core.algorithm import Card
 from mosaic_core.progress import Duration
+from mosaic_core.weight_averaging import (
+    AverageState,
+    WeightAveraging,
+    move,
+    move_model,
+    precise,
+    restored,
+    to_save,
+)
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
 
-__all__ = ["EMA", "compute_ema", "update_batchnorm"]
+__all__ = ["EMA", "compute_ema"]
 
 _HALF_LIFE = "1000ba"
 
@@ -46,68 +54,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         <https://arxiv.org/abs/1703.01780>`_, 2017, Eq. 2.
     """
     _check_smoothing("compute_ema", smoothing)
-    weights, averages = dict(model.named_parameters()), dict(ema_model.named_parameters())
-    if weights.keys() != averages.keys():
-        differing = ", ".join(sorted(weights.keys() ^ averages.keys()))
-        raise ValueError(f"compute_ema: the models differ in the parameters {differing}")
-    _average(list(averages.values()), list(weights.values()), smoothing)
-    for copy, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
-        copy.copy_(buffer)
-
-
-def _average(averages: list[Tensor], weights: list[Tensor], smoothing: float) -> None:
-    """Update a list of averages in place, in a few kernels for all of them."""
-    weights = [
-        w if w.dtype == a.dtype else w.to(a.dtype) for a, w in zip(averages, weights, strict=True)
-    ]
-    torch._foreach_lerp_(averages, weights, 1 - smoothing)
-
-
-@torch.no_grad()
-def update_batchnorm(
-    model: nn.Module, batches: Sequence[Any], forward: Callable[[Any], object] | None = None
-) -> None:
-    """Recompute the statistics of all batch norms, in place, as the mean over some batches.
-
-    Everything else runs as in evaluation, and each module's mode is put back.
-
-    Args:
-        model: The model.
-        batches: Batches to run it on; without any, the statistics stay.
-        forward: Runs the model on one of them; None calls ``model(batch)``.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> update_batchnorm(norm, [torch.tensor([[1.0], [3.0]])])
-        >>> norm.running_mean.item()
-        2.0
-
-    References:
-        Izmailov et al., `Averaging Weights Leads to Wider Optima and Better Generalization
-        <https://arxiv.org/abs/1803.05407>`_, 2018, section 3.2.
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    if not norms or not batches:
-        return
-    modes = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches
-            norm.train()
-        for batch in batches:
-            (forward or model)(batch)
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    move_model("compute_ema", model, ema_model, 1 - smoothing)
 
 
 def _check_smoothing(where: str, smoothing: float) -> None:
@@ -116,13 +63,13 @@ def _check_smoothing(where: str, smoothing: float) -> None:
 
 
 @dataclass
-class _State:
+class _State(AverageState):
     averages: dict[str, Tensor] | None = None  # None until the average has begun
     smoothing: float | None = None  # None until the length of the run is needed
 
 
 @dataclass(frozen=True)
-class EMA(Algorithm):
+class EMA(WeightAveraging):
     """Evaluate, and keep, an exponential moving average of the weights.
 
     Every ``update_interval`` the average becomes ``s * average + (1 - s) * weights`` with
@@ -137,7 +84,8 @@ class EMA(Algorithm):
             the half-life is in ``ep``, ``"1ba"`` otherwise.
         recompute_batchnorm: Number of the latest training micro-batches that are kept and run
             through the averaged model before each evaluation to recompute its batch-norm
-            statistics; 0 evaluates with the statistics of the training weights.
+            statistics; after resuming, of those since. 0 evaluates with the statistics of the
+            training weights.
 
     Raises:
         ValueError: If a setting is out of range, or both half-life and smoothing are given.
@@ -149,8 +97,7 @@ class EMA(Algorithm):
     update_interval: str | None = None
     recompute_batchnorm: int = 0
 
-    place = Place.WEIGHTS
-    excludes = frozenset({"SWA", "trainer weight averaging"})
+    excludes = frozenset({"LAWA", "SWA", "trainer weight averaging"})
     card = Card(
         category="any",
         summary="Evaluates and saves an exponential moving average of the weights.",
@@ -160,7 +107,8 @@ class EMA(Algorithm):
         use_when="Nearly always with a learning rate that does not decay to zero; choose a"
         " half-life well below the length of the run.",
         interactions="Batch-norm statistics are those of the training weights unless"
-        " recompute_batchnorm is set. Excludes other weight averaging.",
+        " recompute_batchnorm is set, which keeps micro-batches in memory; after resuming, the"
+        " first evaluations recompute them on those since. Excludes other weight averaging.",
         reference="Polyak and Juditsky 1992",
         url="https://doi.org/10.1137/0330046",
     )
@@ -173,10 +121,8 @@ class EMA(Algorithm):
     def __post_init__(self) -> None:
         """Check the settings."""
         half_life = Duration.parse(self.half_life, "EMA: half_life")
-        interval = self._interval
-        begin = Duration.parse(self.ema_start, "EMA: ema_start")
-        if begin.unit not in ("ba", "ep", "dur"):  # samples are counted where batches are read
-            raise ValueError(f"EMA: ema_start must be in ba, ep or dur, got {self.ema_start}")
+        super().__post_init__()
+        self.moment("ema_start")
         if self.smoothing is not None:
             if not 0 <= self.smoothing < 1:
                 raise ValueError(f"EMA: smoothing must be in [0, 1), got {self.smoothing}")
@@ -184,55 +130,35 @@ class EMA(Algorithm):
                 raise ValueError("EMA: half_life and smoothing say the same thing; give one")
         if half_life.unit not in ("ba", "ep", "dur") or not half_life.value > 0:
             raise ValueError(f"EMA: half_life must be above 0 ba, ep or dur, got {self.half_life}")
-        if interval.unit not in ("ba", "ep") or interval.value < 1 or interval.value % 1:
-            raise ValueError(
-                "EMA: update_interval must be a whole number of ba or ep, got"
-                f" {self.update_interval!r}"
-            )
-        if self.recompute_batchnorm < 0:
-            raise ValueError(
-                f"EMA: recompute_batchnorm must be at least 0, got {self.recompute_batchnorm}"
-            )
 
     @property
-    def _interval(self) -> Duration:
+    def interval(self) -> Duration:
+        """Time between two updates."""
         unit = "ep" if self.smoothing is None and self.half_life.endswith("ep") else "ba"
         return Duration.parse(self.update_interval or f"1{unit}", "EMA: update_interval")
 
     def init_state(self, run: "Run") -> _State:
         """Begin without an average; durations that this run can't tell are refused here."""
         self._resolve(run)
-        run.progress.reached(Duration.parse(self.ema_start))
+        run.progress.reached(self.moment("ema_start"))
         return _State()
 
-    def on_step_end(self, run: "Run") -> None:
-        """Update where the interval is in steps."""
-        interval = self._interval
-        if interval.unit == "ba" and run.progress.step % int(interval.value) == 0:
-            self._update(run)
-
-    def on_epoch_end(self, run: "Run") -> None:
-        """Update where the interval is in epochs."""
-        interval = self._interval
-        if interval.unit == "ep" and run.progress.epoch % int(interval.value) == 0:
-            self._update(run)
-
-    @torch.no_grad()
-    def _update(self, run: "Run") -> None:
+    def update_average(self, run: "Run") -> None:
+        """Move the average towards the weights, or begin with a copy of them."""
         state: _State = run.state(self)
         fragments = run.parameters.fragments()
         if state.averages is not None:
             weights = [fragment.master for fragment in fragments]
-            _average(list(state.averages.values()), weights, state.smoothing or 0.0)
-        elif run.progress.reached(Duration.parse(self.ema_start)):
+            move(list(state.averages.values()), weights, 1 - (state.smoothing or 0.0))
+        elif run.progress.reached(self.moment("ema_start")):
             state.smoothing = self._resolve(run)
             run.log("EMA/smoothing", state.smoothing)
-            state.averages = {f.name: _precise(f.master) for f in fragments}
+            state.averages = {f.name: precise(f.master) for f in fragments}
 
     def _resolve(self, run: "Run") -> float:
         if self.smoothing is not None:
             return self.smoothing
-        interval, half_life = self._interval, Duration.parse(self.half_life)
+        interval, half_life = self.interval, Duration.parse(self.half_life)
         if interval.unit == half_life.unit:
             return float(2 ** (-interval.value / half_life.value))
         return float(2 ** (-run.progress.steps(interval) / run.progress.steps(half_life)))
@@ -242,40 +168,17 @@ class EMA(Algorithm):
         state: _State = run.state(self)
         return state.averages
 
-    def replays(self) -> int:
-        """Keep batches where batch-norm statistics are recomputed."""
-        return self.recompute_batchnorm
-
-    def on_evaluation(self, run: "Run") -> None:
-        """Recompute the batch-norm statistics of the averaged weights."""
-        update_batchnorm(run.model, list(run.recent), run.forward)
-
     def state_dict(self, run: "Run") -> dict[str, Any]:
         """Return the average, unless the model's own file holds it to the last bit."""
         state: _State = run.state(self)
-        live = dict(run.model.named_parameters())
-        saved = {
-            name: average
-            for name, average in (state.averages or {}).items()
-            if not run.in_evaluation or average.dtype != live[name].dtype
-        }
         return {
-            "begun": state.averages is not None,
+            **super().state_dict(run),
             "smoothing": state.smoothing,
-            "averages": saved,
+            "averages": to_save(state.averages, run),
         }
 
     def load_state_dict(self, state: dict[str, Any], run: "Run") -> None:
         """Take the average from the checkpoint, or from the model that was saved averaged."""
+        super().load_state_dict(state, run)
         own: _State = run.state(self)
-        own.smoothing, own.averages = state["smoothing"], None
-        if state["begun"]:
-            own.averages = {f.name: _precise(f.master) for f in run.parameters.fragments()}
-            for name, average in state["averages"].items():
-                own.averages[name].copy_(average)
-
-
-def _precise(weight: Tensor) -> Tensor:
-    """Copy a weight, to float32 where its precision is lower: an average moves by tiny steps."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.detach().clone().to(dtype)
+        own.smoothing, own.averages = state["smoothing"], restored(state["averages"], run)

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mosaic_core.algorithm import Algorithm, Card, Place
 from mosaic_core.batch import Batch
-from mosaic_core.random import to_device
+from mosaic_core.random import beta, permutation, to_device
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -63,21 +62,15 @@ def mixup_batch(
     if mixing is None:
         mixing = _draw_mixing(alpha, generator)
     if indices is None:
-        indices = _draw_indices(len(input), generator, input.device)
+        indices = permutation(len(input), generator, input.device)
     return _blend(input, indices, mixing), target[indices], mixing
 
 
 def _draw_mixing(alpha: float, generator: torch.Generator | None) -> float:
     """Draw the smaller of z and 1 - z, z from Beta(alpha, alpha), on the CPU."""
     _check_alpha("mixup_batch", alpha)
-    # torch's own Beta takes no generator, so the generator seeds NumPy's.
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    z = float(np.random.default_rng(seed).beta(alpha, alpha))
+    z = beta(alpha, generator)
     return min(z, 1 - z)
-
-
-def _draw_indices(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    return to_device(torch.randperm(n, generator=generator), device)
 
 
 def _blend(input: Tensor, indices: Tensor, mixing: float) -> Tensor:
@@ -125,8 +118,9 @@ class MixUp(Algorithm):
         " Training accuracy is measured against the example's own label and looks lower.",
         use_when="Image classification that overfits, with more than a few epochs; short or"
         " underfitting runs lose accuracy.",
-        interactions="Adds to other regularisation, so lower weight decay or label smoothing. Batch"
-        " structure is kept: any loss that mosaic knows computes the mixture.",
+        interactions="Adds to other regularisation, so lower weight decay or label smoothing. With"
+        " CutMix, both act on every batch, one after the other. Batch structure is kept: any loss"
+        " that mosaic knows computes the mixture.",
         reference="Zhang et al. 2018",
         url="https://arxiv.org/abs/1710.09412",
     )
@@ -139,7 +133,7 @@ class MixUp(Algorithm):
         """Blend the inputs, and the labels alike."""
         generator = run.generator(self)
         mixing = _draw_mixing(self.alpha, generator)
-        indices = _draw_indices(len(batch.input), generator, batch.input.device)
+        indices = permutation(len(batch.input), generator, batch.input.device)
         input = _blend(batch.input, indices, mixing)
         run.log("MixUp/mixing", mixing)
         weight = to_device(torch.tensor(mixing), batch.input.device)

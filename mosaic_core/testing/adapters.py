@@ -137,7 +137,13 @@ class AdapterContract:
     def train_plain(self, job: Job) -> Trained:
         """Train with the plain loop, which defines what is right."""
         model, mode = job.model, job.mode
-        run = Run(job.recipe, model=model, seed=job.seed, **ranks(mode))
+        autocast = _DTYPES[mode.precision]
+
+        def forward(batch: Any) -> None:
+            with torch.autocast("cpu", autocast, enabled=bool(autocast), cache_enabled=False):
+                self.plain_loss(model, batch, job.loss)
+
+        run = Run(job.recipe, model=model, seed=job.seed, forward=forward, **ranks(mode))
         optimizer = job.optimizer(model.parameters())
         steps = job.epochs * STEPS_PER_EPOCH
         run.start([optimizer], total_steps=steps, steps_per_epoch=STEPS_PER_EPOCH)
@@ -150,7 +156,7 @@ class AdapterContract:
                 job.batches,
                 lambda model, batch: self.plain_loss(model, batch, job.loss),
                 accumulate=mode.accumulate,
-                autocast=_DTYPES[mode.precision],
+                autocast=autocast,
                 clip_norm=job.clip_norm,
                 scaler=scaler,
                 average_gradients=average_gradients if mode.processes > 1 else None,
@@ -184,7 +190,7 @@ class AdapterContract:
         try:
             ours = self.train(job)
         except UnsupportedError as error:
-            moved = distance(copied(dict(job.model.named_parameters())), before)
+            moved = _apart(copied(dict(job.model.named_parameters())), before)
             return Outcome(refused=str(error), weights=moved)
         expected = self.train_plain(self.job(recipe, mode, folder, **options))
         without = self.train_plain(self.job((), mode, folder, **options))
@@ -196,8 +202,8 @@ class AdapterContract:
             weights=distance(ours.weights, expected.weights),
             averaged=distance(ours.averaged, expected.averaged),
             effect=max(
-                distance(without.weights, {n: expected.weights[n] for n in without.weights}),
-                distance(expected.averaged, without.averaged),
+                _apart(without.weights, expected.weights),
+                _apart(without.averaged, expected.averaged),
             ),
         )
 
@@ -427,3 +433,9 @@ class AdapterContract:
             for kind in ("weights", "averaged")
             for name, tensor in getattr(trained, kind).items()
         }
+
+
+def _apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return how far apart the weights lie that both have: surgery adds some, replaces some."""
+    names = a.keys() & b.keys()
+    return distance({n: a[n] for n in names}, {n: b[n] for n in names})

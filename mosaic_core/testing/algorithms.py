@@ -49,7 +49,7 @@ class AlgorithmContract:
             from mosaic_core.testing import AlgorithmContract
 
             class TestCutOut(AlgorithmContract):
-                examples = [CutOut(), CutOut(length=4)]
+                examples = [CutOut(), CutOut(length=0.3)]
     """
 
     examples: ClassVar[Sequence[Algorithm]] = ()
@@ -311,8 +311,9 @@ def _snapshot(model: nn.Module) -> _Snapshot:
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a loss, and the loss."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    """Return the gradients of a loss for what is trained now, and the loss."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    names, parameters = zip(*trained, strict=True)
     grads = torch.autograd.grad(loss, parameters)
     return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
 

@@ -1,5 +1,7 @@
 """The adapter contract for DeepSpeed, ZeRO 0 to 3."""
 
+import functools
+
 import torch
 from deepspeed_common import SCALE, WEIGHTS, DeepSpeedSession, Net, environment, gathered
 
@@ -14,7 +16,10 @@ class MasterWeights:
 
     def __init__(self, model, sums):
         self.model, self.sums = model, sums  # dtype in which gradients are kept
-        self.pairs = [(p, p.detach().float().requires_grad_()) for p in model.parameters()]
+
+    @functools.cached_property
+    def pairs(self):  # when surgery has been done
+        return [(p, p.detach().float().requires_grad_()) for p in self.model.parameters()]
 
     def start(self):
         names = [name for name, _ in self.model.named_parameters()]
@@ -77,10 +82,17 @@ class TestDeepSpeed(AdapterContract):
         dtype = WEIGHTS.get(job.mode.options.get("weights"))
         if dtype is None:
             return super().train_plain(job)
-        model, scale = job.model.to(dtype), SCALE if dtype == torch.float16 else 1.0
+        model, scale = job.model, SCALE if dtype == torch.float16 else 1.0
         sums = torch.float32 if job.mode.options.get("sums") == "fp32" else dtype
         view = MasterWeights(model, sums)
-        run = Run(job.recipe, model=model, seed=job.seed, parameters=view)
+        run = Run(
+            job.recipe,
+            model=model,
+            seed=job.seed,
+            parameters=view,
+            forward=lambda batch: model(batch[0].to(dtype)),
+        )
+        model.to(dtype)  # after the surgery, as DeepSpeed does
         masters = [master for _, master in view.pairs]
         optimizer = job.optimizer(masters)
         steps = job.epochs * STEPS_PER_EPOCH

@@ -478,7 +478,7 @@ def test_lightnings_own_averaging_beside_ours_is_refused(pl):
 def test_two_pass_algorithms_need_automatic_optimisation(pl):
     module = module_class(pl)()
     module.automatic_optimization = False
-    match = "TwoPass runs each step twice.*automatic_optimization = True"
+    match = "TwoPass runs a training step another time.*automatic_optimization = True"
     refused(pl, match, [MosaicCallback([TwoPass()])], module)
 
 

@@ -103,3 +103,12 @@ def test_parameters_that_nobody_would_train_are_refused(instead):
     optimizer = torch.optim.SGD(model.second.parameters(), lr=0.1)
     with pytest.raises(UnsupportedError, match=r"no optimizer trains the one they belong to"):
         Run([Adds(instead)], model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_what_was_added_and_replaced_is_known(instead):
+    model = make_model()
+    weight = model.first.weight
+    run = Run([Adds(instead)], model=model)
+    assert run.new_parameters.added == set(map(id, model.new.parameters()))
+    assert run.new_parameters.replaced == ({id(weight)} if instead else set())

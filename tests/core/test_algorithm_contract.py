@@ -6,25 +6,67 @@ import pytest
 import torch
 
 from mosaic_core import Algorithm, Card, Place, plugins
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    LAWA,
+    SAM,
+    SWA,
+    AugMix,
+    Backdrop,
+    BlurPool,
+    ColOut,
+    CutMix,
+    CutOut,
+    Factorize,
+    GhostBatchNorm,
+    GradientClipping,
+    LabelSmoothing,
+    LayerFreezing,
+    MixUp,
+    ProgressiveResizing,
+    RandAugment,
+    SqueezeExcite,
+    StochasticDepth,
+    WeightStandardization,
+)
 from mosaic_core.testing import AlgorithmContract
 
 # Beside its own example of an algorithm: settings that take another path.
 EXAMPLES: dict[str, list[Algorithm]] = {
+    "AugMix": [AugMix(10, width=2, depth=2, alpha=0.5)],
     "Backdrop": [
         Backdrop("conv2"),
         Backdrop(("conv1", "conv2"), p=0.3, mode="patch", patch_size=2),
     ],
     "BlurPool": [BlurPool(blur_first=False)],
+    "ColOut": [ColOut(p_row=0.25, p_col=0, resize_target=False)],
+    "CutMix": [CutMix(alpha=0.3, uniform_sampling=True)],
+    "CutOut": [CutOut(num_holes=2, length=0.3, uniform_sampling=True)],
     "EMA": [
         EMA("2ba"),
         EMA("1ep"),
         EMA(smoothing=0.9, ema_start="0.3dur", recompute_batchnorm=2),
         EMA("0.5dur", update_interval="2ba"),
     ],
+    "Factorize": [Factorize(factorize_linears=False, min_channels=16, latent_channels=3)],
+    "GhostBatchNorm": [GhostBatchNorm(4)],
+    "GradientClipping": [GradientClipping("norm", 0.5), GradientClipping("value", 0.01)],
     "LabelSmoothing": [LabelSmoothing(0.3)],
+    "LAWA": [LAWA(2, "2ba", offload=True, recompute_batchnorm=2), LAWA(update_interval="1ep")],
+    "LayerFreezing": [LayerFreezing(freeze_start=0.3, freeze_level=0.9)],
     "MixUp": [MixUp(alpha=1.0)],
+    "ProgressiveResizing": [
+        ProgressiveResizing("crop", initial_scale=0.75, delay_fraction=0.2, size_increment=1),
+    ],
+    "RandAugment": [RandAugment(4.5, depth=1)],
     "SAM": [SAM(rho=1.0, adaptive=True), SAM(interval=2)],
+    "SWA": [
+        SWA("1ba", "4ba", "2ba", recompute_batchnorm=0),
+        SWA("0.4dur", "1dur", "1ep", True, anneal_steps=1, swa_lr=0.2),
+    ],
+    "SqueezeExcite": [SqueezeExcite(0.25, 3)],
+    "StochasticDepth": [StochasticDepth("sample", 0.5, "uniform", target_layer_name="*norm2")],
+    "WeightStandardization": [WeightStandardization(n_last_layers_ignore=1)],
 }
 
 

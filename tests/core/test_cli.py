@@ -22,9 +22,24 @@ def run(*arguments, code=0):
 
 
 def test_list_shows_every_algorithm():
-    for options in ([], ["--markdown"], ["--matrix"], ["--matrix", "--markdown"]):
+    for options in ([], ["--markdown"]):
         output = run("list", *options)
         assert all(name in output for name in ALGORITHMS)
+
+
+@pytest.mark.parametrize("options", [[], ["--markdown"]])
+def test_the_matrix_shows_every_mode_and_what_is_refused(options, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    output = run("list", "--matrix", *options)
+    for adapter in plugins.adapters().values():
+        assert adapter.title in output
+        for mode in adapter.modes:
+            refused = [n for n, a in ALGORITHMS.items() if adapter.missing(a, mode)]
+            (row,) = (r for r in catalog.matrix_rows()[adapter.title] if r[0] == mode.name)
+            assert row[1] == f"{len(ALGORITHMS) - len(refused)} of {len(ALGORITHMS)}"
+            assert all(name in row[2] for name in refused)
+            assert mode.name in output
+            assert row[1] in output
 
 
 def test_the_table_is_derived():

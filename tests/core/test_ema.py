@@ -10,7 +10,6 @@ from torch import nn
 
 from mosaic_core import Run
 from mosaic_core.algorithms import EMA, MixUp, compute_ema
-from mosaic_core.algorithms._ema import update_batchnorm
 
 STEPS_PER_EPOCH = 4
 
@@ -298,58 +297,6 @@ def batchnorm_by_hand(inputs):
 
 
 class TestBatchNorm:
-    def test_update_batchnorm(self):
-        model = network()
-        model[1].momentum = 0.3
-        model[2].training = False
-        model(batch(99)[0])  # statistics that must be forgotten
-        batches = [batch(i)[0] for i in range(3)]
-        update_batchnorm(model, batches)
-        mean, variance = batchnorm_by_hand([model[0](x) for x in batches])
-        torch.testing.assert_close(
-            model[1].running_mean.double(), mean.detach(), rtol=1e-5, atol=1e-6
-        )
-        torch.testing.assert_close(
-            model[1].running_var.double(), variance.detach(), rtol=1e-5, atol=1e-6
-        )
-        assert model[1].num_batches_tracked == 3
-        assert model[1].momentum == 0.3
-        assert [m.training for m in model] == [True, True, False, True, True]
-        assert all(p.grad is None for p in model.parameters())
-
-    def test_update_batchnorm_with_a_forward_of_its_own(self):
-        model = network()
-        batches = [{"x": batch(i)[0]} for i in range(2)]
-        other = network()
-        update_batchnorm(model, batches, lambda b: model(b["x"]))
-        update_batchnorm(other, [b["x"] for b in batches])
-        assert torch.equal(model[1].running_var, other[1].running_var)
-
-    def test_update_batchnorm_draws_nothing(self):
-        model = network().append(nn.Dropout(0.5))
-        state = torch.get_rng_state()
-        update_batchnorm(model, [batch(0)[0]])
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_nothing_to_do(self):
-        model = network()
-        before = [b.clone() for b in model.buffers()]
-        update_batchnorm(model, [])
-        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
-        calls = []
-        update_batchnorm(nn.Linear(1, 1), [1], calls.append)
-        frozen = nn.BatchNorm1d(2, track_running_stats=False)
-        update_batchnorm(frozen, [1], calls.append)
-        assert calls == []
-
-    def test_modes_and_momenta_come_back_after_an_error(self):
-        model = network()
-        model[0].eval()
-        with pytest.raises(ZeroDivisionError):
-            update_batchnorm(model, [1], lambda b: 1 / 0)
-        assert [m.training for m in model] == [False, True, True, True, True]
-        assert model[1].momentum == 0.1
-
     @pytest.mark.parametrize("others", [(), (MixUp(),)], ids=["alone", "with MixUp"])
     def test_recompute_batchnorm_in_a_run(self, others):
         """The latest three batches, as they were trained on, through the averaged weights."""

@@ -40,10 +40,10 @@ def test_each_is_of_the_builtin_kind_that_people_catch(
             ["LabelSmoothing"],
             "; did you mean 'LabelSmoothing'? Known: LabelSmoothing",
         ),
-        ("zzz", ["MixUp", "EMA"], " Known: EMA, MixUp"),
-        ("zzz", [], " Known: none"),
-        (5, ["MixUp"], " Known: MixUp"),
-        (None, ["MixUp"], " Known: MixUp"),
+        ("zzz", ["MixUp", "EMA"], ". Known: EMA, MixUp"),
+        ("zzz", [], ". Known: none"),
+        (5, ["MixUp"], ". Known: MixUp"),
+        (None, ["MixUp"], ". Known: MixUp"),
     ],
 )
 def test_nearest(name: object, known: list[str], message: str) -> None:

@@ -127,7 +127,7 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
         from mosaic_core.adapter import Adapter
 
         @dataclass(frozen=True)
-        class CutOut(Algorithm):
+        class Sharpen(Algorithm):
             size: int = 8
             place = Place.AUGMENTATION
 
@@ -136,7 +136,7 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
 
         @hookimpl
         def mosaic_algorithms():
-            return [CutOut]
+            return [Sharpen]
 
         @hookimpl
         def mosaic_adapter():
@@ -144,7 +144,7 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
 
         @hookimpl
         def mosaic_recipes():
-            return {"cutout": [CutOut(4)]}
+            return {"sharpen": [Sharpen(4)]}
 
         @hookimpl
         def mosaic_losses():
@@ -153,9 +153,9 @@ def test_a_plugin_of_somebody_else_brings_everything(install: Callable[..., None
     )
     known = losses.known_losses().keys()
     assert "theirs" in plugins.installed()
-    cutout = plugins.algorithms()["CutOut"]
-    assert cutout.needs() == frozenset()
-    assert plugins.recipes()["cutout"] == [cutout(4)]
+    sharpen = plugins.algorithms()["Sharpen"]
+    assert sharpen.needs() == frozenset()
+    assert plugins.recipes()["sharpen"] == [sharpen(4)]
     adapter = plugins.adapter("theirs")
     assert adapter.load("trainer")(4) == 2
     assert adapter.load("overhead")(0) == 1

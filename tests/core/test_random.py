@@ -1,9 +1,12 @@
 """Stateless randomness: a function of its key, and of nothing else."""
 
+from collections import Counter
+
 import pytest
 import torch
+from scipy import stats
 
-from mosaic_core.random import derive_seed, generator, to_device, uniform
+from mosaic_core.random import beta, derive_seed, generator, permutation, span, to_device, uniform
 
 CPU = torch.device("cpu")
 
@@ -145,3 +148,55 @@ def test_to_device_of_the_cpu_is_no_copy() -> None:
 
 def test_to_device_moves() -> None:
     assert to_device(torch.arange(3), torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_beta_is_the_beta_distribution(alpha: float) -> None:
+    g = generator(0)
+    draws = [beta(alpha, g) for _ in range(2000)]
+    assert stats.kstest(draws, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_draws_leave_the_global_streams_alone_given_a_generator() -> None:
+    state = torch.get_rng_state()
+    first = beta(1.0, generator(3)), permutation(9, generator(3), CPU), span(9, 3, True, None)
+    assert not torch.equal(torch.get_rng_state(), state)  # the last had none
+    torch.set_rng_state(state)
+    again = beta(1.0, generator(3)), permutation(9, generator(3), CPU), span(9, 3, True, None)
+    assert first[0] == again[0]
+    assert torch.equal(first[1], again[1])
+    assert sorted(first[1].tolist()) == list(range(9))
+    assert first[2] == again[2]
+
+
+def spans(size: int, length: int, uniform: bool, count: int) -> Counter[tuple[int, int]]:
+    g = generator(size, length)
+    return Counter(span(size, length, uniform, g) for _ in range(count))
+
+
+@pytest.mark.parametrize(("size", "length"), [(5, 1), (5, 2), (5, 3), (4, 4), (1, 1), (3, 7)])
+def test_a_span_around_a_centre_that_is_uniform(size: int, length: int) -> None:
+    expected = Counter(
+        (max(c - length // 2, 0), min(c - length // 2 + length, size)) for c in range(size)
+    )
+    seen = spans(size, length, False, 500 * size)
+    assert seen.keys() == expected.keys()
+    for interval, count in expected.items():
+        assert abs(seen[interval] / 500 - count) < 0.25  # 5 standard deviations
+        assert 0 <= interval[0] < interval[1] <= size
+
+
+@pytest.mark.parametrize(("size", "length"), [(5, 1), (5, 2), (5, 3), (4, 4), (1, 1), (3, 7)])
+def test_a_uniform_span_covers_each_position_alike(size: int, length: int) -> None:
+    places = size + length - 1
+    seen = spans(size, length, True, 500 * places)
+    covered = [sum(n for (a, b), n in seen.items() if a <= i < b) / 500 for i in range(size)]
+    assert all(abs(share - length) < 0.25 * length for share in covered)
+    assert all(0 <= a < b <= size for a, b in seen)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_span_of_nothing(size: int, uniform: bool) -> None:
+    start, end = span(size, 0, uniform, None)
+    assert start == end

@@ -1,6 +1,7 @@
 """Order, conflicts and YAML of recipes."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ CASES = [
 class Placed(Algorithm):
     """Stands wherever it is put."""
 
-    label: str = ""
+    label: Any = ""
     place = Place.SURGERY  # type: ignore[assignment]  # a property in subclasses
 
 
@@ -67,11 +68,11 @@ def test_the_order_is_by_place_whatever_the_given_order(given: tuple[Algorithm, 
     assert list(Recipe(given)) == ORDERED
 
 
-def test_places_run_from_surgery_to_measuring() -> None:
+def test_places_run_from_structure_to_measuring() -> None:
     names = [place.name for place in sorted(Place)]
     assert names == [
-        *("SURGERY", "SELECTION", "AUGMENTATION", "MIXING", "SMOOTHING", "LAYOUT", "GRADIENTS"),
-        *("WEIGHTS", "MEASURING"),
+        *("STRUCTURE", "SURGERY", "SELECTION", "AUGMENTATION", "MIXING", "SMOOTHING", "LAYOUT"),
+        *("GRADIENTS", "WEIGHTS", "MEASURING"),
     ]
     every = [algorithm(place.name.title(), place) for place in reversed(Place)]
     assert [a.place for a in Recipe(every)] == sorted(Place)
@@ -134,10 +135,14 @@ def test_equality_hash_and_repr() -> None:
         ([MixUp(), "EMA"], r"Recipe: every member must be an algorithm, got 'EMA'$"),
         ([None], r"Recipe: every member must be an algorithm, got None$"),
         ([[MixUp()]], r"Recipe: every member must be an algorithm, got \[MixUp\(alpha=0.2\)\]$"),
-        ([torch.nn.ReLU], r"Recipe: every member must be an algorithm, .*write ReLU\(\)"),
+        ([torch.nn.ReLU], r"Recipe: every member must be an algorithm, got <class .*ReLU'>$"),
+        ([torch.nn.ReLU()], r"Recipe: every member .*, got ReLU\(\), of torch.nn.modules.activ"),
         (MixUp(), r"Recipe: algorithms must be a list of algorithms, got MixUp\(alpha=0.2\)$"),
         (MixUp, r"Recipe: algorithms must be a list of algorithms, got <class"),
-        ("MixUp", r"Recipe: algorithms must be a list of algorithms, got 'MixUp'$"),
+        (
+            "MixUp",
+            r"Recipe: algorithms must be a list of algorithms, got 'MixUp'; read .*yaml",
+        ),
     ],
 )
 def test_what_is_no_algorithm_is_refused(given: Any, message: str) -> None:
@@ -256,9 +261,24 @@ def test_yaml_from_a_file(tmp_path: Path) -> None:
         Recipe.from_yaml(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "# only a comment", "null"])
-def test_yaml_of_an_empty_recipe(text: str) -> None:
-    assert Recipe.from_yaml(text) == Recipe()
+def test_yaml_of_an_empty_recipe() -> None:
+    assert Recipe.from_yaml("[]") == Recipe()
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment", "null"])
+def test_an_empty_file_is_no_recipe(text: str) -> None:
+    with pytest.raises(ValueError, match=r"got nothing; write \[\] for an empty one"):
+        Recipe.from_yaml(text)
+
+
+def test_a_path_given_as_a_text_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"to read a file, give a pathlib.Path"):
+        Recipe.from_yaml("recipe.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-1", "0.1", "1.0e-1", "+1E-1", ".1"])
+def test_numbers_with_an_exponent_are_numbers(number: str) -> None:
+    assert Recipe.from_yaml(f"[MixUp: {{alpha: {number}}}]") == Recipe([MixUp(0.1)])
 
 
 @pytest.mark.parametrize("number", [np.float64(0.25), np.float32(0.25), np.int64(1)])
@@ -283,16 +303,16 @@ def test_a_setting_that_yaml_can_not_hold_is_refused_before_training() -> None:
         ("[MixUpp]", LookupError, r"unknown algorithm 'MixUpp'; did you mean 'MixUp'\? Known: Ba"),
         ("[mixup]", LookupError, r"unknown algorithm 'mixup'; did you mean 'MixUp'\?"),
         ("[{label_smoothing: {}}]", LookupError, r"did you mean 'LabelSmoothing'\?"),
-        ("[zzz]", LookupError, r"unknown algorithm 'zzz' Known: Backdrop, BlurPool, "),
-        ("[{5: {}}]", LookupError, r"unknown algorithm 5 Known: "),
+        ("[zzz]", LookupError, r"unknown algorithm 'zzz'\. Known: Backdrop, BlurPool, "),
+        ("[{5: {}}]", LookupError, r"unknown algorithm 5\. Known: "),
         ("[Algorithm]", LookupError, r"unknown algorithm 'Algorithm'"),
         (
             "[MixUp: {alpa: 0.2}]",
             LookupError,
             r"MixUp has no setting 'alpa'; did you mean 'alpha'\? Known: alpha",
         ),
-        ("[NoOp: {x: 1}]", LookupError, r"NoOp has no setting 'x' Known: none"),
-        ("[MixUp: {1: 2}]", LookupError, r"MixUp has no setting 1 Known: alpha"),
+        ("[NoOp: {x: 1}]", LookupError, r"NoOp has no setting 'x'\. Known: none"),
+        ("[MixUp: {1: 2}]", LookupError, r"MixUp has no setting 1\. Known: alpha"),
         ("[EMA: {place: 1}]", LookupError, r"EMA has no setting 'place'"),
         ("MixUp: {alpha: 1}", ValueError, r"must be a list of algorithms, got dict: 'MixUp: {alp"),
         ("MixUp", ValueError, r"must be a list of algorithms, got str: 'MixUp'"),
@@ -308,8 +328,7 @@ def test_a_setting_that_yaml_can_not_hold_is_refused_before_training() -> None:
         ("[!!python/object/apply:os.getcwd []]", ValueError, r"not valid YAML: could not det"),
         ("\t- MixUp", ValueError, r"not valid YAML"),
         ("[Backdrop]", TypeError, r"Backdrop with settings {}: .* missing .*'layers'"),
-        # YAML 1.1 reads 1e-1, without a point, as a text.
-        ("[MixUp: {alpha: 1e-1}]", TypeError, r"MixUp with settings {'alpha': '1e-1'}: '>' not"),
+        ("[MixUp: {alpha: '1'}]", TypeError, r"MixUp: alpha must be a number, got '1'"),
     ],
 )
 def test_what_is_wrong_in_yaml_is_said(text: str, error: type[Exception], message: str) -> None:
@@ -337,3 +356,58 @@ def test_masks_drawn_in_forward_beside_a_second_pass_are_refused():
 
     with pytest.raises(ConflictError, match=r"Backdrop can't be combined with Twice.*remove one"):
         Recipe([Twice(), Backdrop("layer")])
+
+
+# The types of settings, which no algorithm has to check itself.
+
+
+@dataclass(frozen=True)
+class Typed(NoOp):
+    share: float = 0.5
+    count: int = 1
+    switch: bool = False
+    text: str = ""
+    maybe: float | None = None
+    names: str | Sequence[str] = ()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"share": 1, "count": np.int64(3), "switch": True, "text": "a", "maybe": None},
+        {"share": np.float32(0.5), "maybe": 2, "names": ("a", "b")},
+        {"share": np.int64(1), "names": "a"},
+        {"names": ["a"]},
+    ],
+)
+def test_settings_of_the_right_type(settings: dict[str, Any]) -> None:
+    assert {name: getattr(Typed(**settings), name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": "0.2"}, r"Typed: share must be a number, got '0.2'"),
+        ({"share": True}, r"share must be a number, got True"),
+        ({"share": torch.tensor(0.2)}, r"share must be a number, got tensor"),
+        ({"count": 1.5}, r"count must be a whole number, got 1.5"),
+        ({"count": False}, r"count must be a whole number, got False"),
+        ({"switch": 3}, r"switch must be True or False, got 3"),
+        ({"text": 100}, r"text must be a text, got 100"),
+        ({"maybe": "x"}, r"maybe must be a number or None, got 'x'"),
+        ({"names": 2.0}, r"names must be a text or collections.abc.Sequence\[str\], got 2.0"),
+    ],
+)
+def test_settings_of_a_wrong_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Typed(**settings)
+    with pytest.raises(TypeError, match=r"Typed: share must be a number"):
+        Typed("positional")
+
+
+def test_an_algorithm_needs_a_place() -> None:
+    class Nowhere(Algorithm):
+        pass
+
+    with pytest.raises(TypeError, match=r"Nowhere: an algorithm must set place, a member of Place"):
+        Nowhere()

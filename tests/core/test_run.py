@@ -1020,3 +1020,15 @@ def test_moved_labels_may_be_mixed_afterwards():
     _, y = run.on_batch(torch.arange(8.0).view(4, 2), torch.arange(4))
     assert isinstance(y, MixedTarget)
     assert y.tolist() == [3, 2, 1, 0]
+
+
+def test_a_lasting_seed_is_the_same_at_every_step():
+    run = make_run([NoOp()])
+    algorithm = run.recipe.algorithms[0]
+    before = [run.seed_for(algorithm, "a", lasting=True), run.seed_for(algorithm, "a")]
+    run.on_batch(*data(0))
+    run.end_step()
+    after = [run.seed_for(algorithm, "a", lasting=True), run.seed_for(algorithm, "a")]
+    assert after[0] == before[0]
+    assert len({*before, *after}) == 3
+    assert run.seed_for(algorithm, "b", lasting=True) != before[0]

@@ -1,6 +1,7 @@
 """Changing modules without losing parameters, names, hooks or checkpoints."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -10,10 +11,12 @@ from torch import nn
 from mosaic_core import NoEffectWarning, Run
 from mosaic_core.algorithms import Backdrop, BlurPool, ChannelsLast
 from mosaic_core.surgery import (
+    Mixin,
     Report,
     accept_sentinel,
     is_sentinel,
     matching,
+    original_class,
     sentinel,
     swap_class,
     warn_no_effect,
@@ -79,6 +82,75 @@ def test_swapped_attributes_move_copy_and_convert_with_the_module() -> None:
     assert twin[0].shift is not model[0].shift
     assert twin.double()[0].shift.dtype == torch.float64
     assert twin.to("meta")[0].shift.device.type == "meta"
+
+
+class Negated(nn.Linear):
+    """A linear layer with the sign of its output changed."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -super().forward(input)
+
+
+class Own(nn.Linear):
+    """A class of the user's."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+@pytest.mark.parametrize(("order", "sign"), [((Doubled, Negated), -1), ((Negated, Doubled), 1)])
+def test_swaps_stack_the_last_outermost(
+    kind: type[nn.Module], order: tuple[type[nn.Module], ...], sign: int
+) -> None:
+    model, x = nn.Sequential(kind(3, 2)), torch.randn(4, 3)
+    before = model(x)
+    assert original_class(model[0]) is kind
+    attributes = {"factor": 2.0, "shift": torch.ones(())}
+    for new in order:
+        swap_class(model[0], new, **(attributes if new is Doubled else {}))
+    assert all(isinstance(model[0], cls) for cls in (Doubled, Negated, kind))
+    assert original_class(model[0]) is kind
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(other[0]) is type(model[0])
+        # -(2y + 1), or 2(-y) + 1
+        torch.testing.assert_close(other(x), -2 * before + sign)
+    state = nn.Linear(3, 2).state_dict()
+    assert model[0].state_dict().keys() == state.keys()
+
+
+class Twice(Mixin):
+    """Whatever the module is, its output twice."""
+
+    def forward(self, *args: object) -> object:
+        return 2 * super().forward(*args)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own, Negated])
+def test_a_mixin_extends_any_class_and_acts_once(kind: type[nn.Module]) -> None:
+    layer, x = kind(3, 2), torch.randn(4, 3)
+    expected = 2 * layer(x)
+    for _ in range(2):
+        swap_class(layer, Twice)
+    assert isinstance(layer, Twice)
+    assert isinstance(layer, kind)
+    assert original_class(layer) is kind
+    assert (type(layer).__name__, type(layer).__module__) == (kind.__name__, kind.__module__)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (layer, copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), expected)
+        assert type(other) is type(layer)
+
+
+def test_a_mixin_stacks_with_other_swaps() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    expected = -2 * layer(x)
+    for new in (Twice, Negated, Twice):
+        swap_class(layer, new)
+    assert torch.equal(layer(x), expected)
+    assert type(copy.deepcopy(layer)) is type(layer)
 
 
 @pytest.mark.parametrize("new", [nn.Conv2d, nn.Module, nn.Bilinear])

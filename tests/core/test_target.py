@@ -360,7 +360,7 @@ class TestLossesThatIgnoreTheMixture:
         run.check_loss()
 
     def test_unconsumed_is_an_error_to_raise(self):
-        assert isinstance(unconsumed(), LossError)
+        assert isinstance(unconsumed(Mixture.of(torch.tensor([0]))), LossError)
 
 
 class TestRegisterLoss:
@@ -383,7 +383,7 @@ class TestRegisterLoss:
         assert torch.equal(
             hinge(logits, labels, 0.5), F.multi_margin_loss(logits, labels, margin=0.5)
         )
-        assert "hinge" in str(unconsumed())
+        assert "hinge" in str(unconsumed(Mixture.of(torch.tensor([0]))))
 
     def test_module(self, labels, logits):
         class Focal(nn.Module):
@@ -398,7 +398,7 @@ class TestRegisterLoss:
         expected = keep * focal(logits, own) + lam * focal(logits, other)
         torch.testing.assert_close(loss(logits, target), expected)
         run.check_loss()
-        assert "Focal" in str(unconsumed())
+        assert "Focal" in str(unconsumed(Mixture.of(torch.tensor([0]))))
 
     def test_without_registration_a_custom_module_is_refused(self, labels, logits):
         run, target = mixed_step(labels)
@@ -628,7 +628,7 @@ class TestLossProxy:
     def test_smoothing_of_another_loss_is_refused(self, labels, logits):
         _, target, proxy = proxy_step(labels, Focal(), (LabelSmoothing(0.1),))
         with pytest.raises(
-            UnsupportedError, match=r"defined for a cross entropy, the loss is Focal"
+            UnsupportedError, match=r"defined for a cross entropy, and the loss is Focal"
         ):
             proxy(logits, target)
 

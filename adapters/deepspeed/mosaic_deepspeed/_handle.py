@@ -38,7 +38,7 @@ class Handle:
         replay: Callable[[], Any] | None,
     ) -> None:
         self.run, self._engine, self.replay = run, engine, replay
-        self._reads = any(Need.BATCH in a.needs() or a.replays() for a in run.recipe)
+        self._reads = any(Need.BATCH in a.needs() for a in run.recipe) or run.recent.maxlen
         self._settle = any(Need.GRADIENTS in a.needs() for a in run.recipe) and getattr(
             run.parameters, "settle", None
         )

@@ -136,7 +136,7 @@ def _run(
     return run
 
 
-def _forward(run: Run, batch: Any) -> None:
+def _forward(run: Run, batch: Any) -> Any:
     """Run the model on the input of a batch, in the dtype of its weights as a loop must do."""
     input, dtype = run.locator.read(batch, "input"), next(run.model.parameters()).dtype
-    run.model(input.to(dtype) if input.is_floating_point() else input)
+    return run.model(input.to(dtype) if input.is_floating_point() else input)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 
@@ -120,8 +121,17 @@ class Belonging(Callback):  # type: ignore[misc]  # fastai has no types
         return self.run
 
     def _forward(self, batch: Any) -> None:
-        with precision(self._learn):
-            get_model(self._learn.model)(*batch[: self._inputs])
+        learn, targets = self._learn, batch[self._inputs :]
+        with precision(learn):
+            prediction = get_model(learn.model)(*batch[: self._inputs])
+            mixture = getattr(targets[0], "mixture", None) if targets else None
+            if mixture is None or mixture.receipt.elements is None:
+                return  # nobody asks for losses
+            learn.loss_func(prediction, *targets)
+            if not mixture.receipt.elements:  # a loss of fastai's, which takes its label alone
+                with learn.loss_not_reduced():
+                    losses = learn.loss_func(prediction, mixture.label)
+                mixture.receipt.elements.append((losses, torch.ones_like(losses)))
 
     def _fit(self, *args: Any, **kwargs: Any) -> Any:
         self._depth = 0  # an evaluation may have raised between its events

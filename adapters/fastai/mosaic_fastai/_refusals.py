@@ -4,6 +4,7 @@ from typing import Any
 
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.training import GradientAccumulation
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.optimizer import OptimWrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +35,12 @@ def refuse_callbacks(recipe: Recipe, learn: Any) -> None:
         raise UnsupportedError(
             f"mosaic: {changing[0]} changes labels, and fastai's callback {mixing[0]} replaces the"
             " loss that is to compute them; use mosaic_core.algorithms for both"
+        )
+    selecting = [algorithm.name for algorithm in recipe if Need.SELECTION in algorithm.needs()]
+    if selecting and learn._grab_cbs(GradientAccumulation):
+        raise UnsupportedError(
+            f"mosaic: {selecting[0]} drops examples, and fastai's GradientAccumulation counts them"
+            " to tell when a window is full; use larger batches without it"
         )
     for callback in learn.cbs if len(recipe) else ():
         if isinstance(callback, ModelToHalf | NonNativeMixedPrecision):

@@ -4,6 +4,9 @@ from mosaic_core.adapter import Adapter, Mode
 from mosaic_core.algorithm import Need
 from mosaic_core.plugins import hookimpl
 
+COUNTED = frozenset({Need.SELECTION})
+"""What algorithms do not get with GradientAccumulation, which counts the examples of a window."""
+
 
 @hookimpl
 def mosaic_adapter() -> Adapter:
@@ -15,11 +18,12 @@ def mosaic_adapter() -> Adapter:
         trainers=("fastai",),
         trainer="mosaic_fastai._workload:train",
         overhead="mosaic_fastai._workload:overhead",
+        kernels="mosaic_fastai._kernels:peers",
         modes=(
             Mode("fp32"),
-            Mode("accumulation", accumulate=4),
+            Mode("accumulation", COUNTED, accumulate=4),
             Mode("bf16", precision="bf16"),
             Mode("fp16", precision="fp16"),
-            Mode("two processes", processes=2, accumulate=2),
+            Mode("two processes", COUNTED, processes=2, accumulate=2),
         ),
     )

@@ -124,7 +124,10 @@ class MosaicCallback(TrainerCallback):
             forward=self._forward,
             parameters=_deepspeed.parameters(self._trainer),
         )
-        if has_optimizer and before != set(map(id, model.parameters())):
+        late = set(map(id, model.parameters())) - before
+        if self._trainer.model_wrapped is self._trainer.model:  # they join the optimizer's groups
+            late -= run.new_parameters.added
+        if has_optimizer and late:
             raise UnsupportedError(
                 "mosaic: the recipe makes new parameters, and the optimizer exists already; give"
                 " MosaicCallback to Trainer(callbacks=[...]), and let the Trainer make the"

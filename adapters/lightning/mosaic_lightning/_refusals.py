@@ -10,6 +10,7 @@ __all__ = ["refuse_on_setup", "refuse_on_start"]
 
 _SINGLE_OR_DDP = {"SingleDeviceStrategy", "DDPStrategy"}
 _AVERAGING = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"}
+_RUNS_STEPS = {Need.SECOND_PASS, Need.SELECTION}
 
 
 def refuse_on_setup(recipe: Recipe, trainer: Any, module: Any, stage: str) -> None:
@@ -49,11 +50,11 @@ def refuse_on_setup(recipe: Recipe, trainer: Any, module: Any, stage: str) -> No
             "mosaic: training_step(dataloader_iter) fetches its own batches, which the recipe must"
             " see; use training_step(batch, batch_idx)"
         )
-    two_pass = [a.name for a in recipe if Need.SECOND_PASS in a.needs()]
-    if two_pass and not module.automatic_optimization:
+    again = [a.name for a in recipe if a.needs() & _RUNS_STEPS or a.replays()]
+    if again and not module.automatic_optimization:
         raise UnsupportedError(
-            f"mosaic: {two_pass[0]} runs each step twice, and with manual optimisation only the"
-            " module knows what a step is; set automatic_optimization = True"
+            f"mosaic: {again[0]} runs a training step another time, and with manual optimisation"
+            " that would also update the weights; set automatic_optimization = True"
         )
 
 
