@@ -175,7 +175,8 @@ class BlurPool(Algorithm):
         " new parameters; names, shapes and checkpoints stay, but a checkpoint belongs to the"
         " blurred network.",
         use_when="Convolutional networks that subsample by stride or max-pool, above all where"
-        " small shifts of the image should not matter.",
+        " small shifts of the image should not matter. Not for feature maps of a few pixels, of"
+        " which the blur leaves little, nor for small networks without normalisation.",
         interactions="None known; works under mixed precision, channels last and torch.compile.",
         reference="Zhang 2019",
         url="https://arxiv.org/abs/1904.11486",

@@ -1,5 +1,6 @@
 """EMA: evaluate and keep an exponential moving average of the weights."""
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,14 @@ class EMA(WeightAveraging):
         """Begin without an average; durations that this run can't tell are refused here."""
         self._resolve(run)
         run.progress.reached(self.moment("ema_start"))
+        half_life, total = Duration.parse(self.half_life), run.progress.total_steps
+        known = half_life.unit != "ep" or run.progress.steps_per_epoch
+        if self.smoothing is None and total and known and run.progress.steps(half_life) > total:
+            warnings.warn(
+                f"EMA: half_life {self.half_life} is longer than the run of {total} steps, so the"
+                " average stays near the first weights; choose one well below, such as '0.05dur'",
+                stacklevel=2,
+            )
         return _State()
 
     def update_average(self, run: "Run") -> None:

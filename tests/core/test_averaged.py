@@ -97,7 +97,7 @@ def test_gradients_and_optimizers_are_left_alone() -> None:
     assert weight.is_leaf
 
 
-@pytest.mark.parametrize("recipe", [(), (MixUp(),), (EMA(ema_start="0.5dur"),)])
+@pytest.mark.parametrize("recipe", [(), (MixUp(),), (EMA("4ba", ema_start="0.5dur"),)])
 def test_without_averages_there_is_nothing_to_enter(recipe: tuple[Algorithm, ...]) -> None:
     run = make(*recipe)
     run.averaged.enter()

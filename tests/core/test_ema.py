@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -443,3 +444,26 @@ class TestSettings:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for ema in (EMA(), EMA("2ep"), EMA(smoothing=0.9)):
             Run([ema], model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "warns"),
+    [
+        (EMA("11ba"), True),
+        (EMA("10ba"), False),
+        (EMA("3ep"), True),
+        (EMA("2ep"), False),
+        (EMA("1dur"), False),
+        (EMA(smoothing=0.9999), False),  # said in so many words
+    ],
+    ids=repr,
+)
+def test_a_half_life_longer_than_the_run_is_warned_of(algorithm, warns):
+    model = nn.Linear(2, 2)
+    options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    options |= {"total_steps": 10, "steps_per_epoch": 5}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Run([algorithm], model=model, **options)
+    assert len(seen) == warns
+    assert all("is longer than the run of 10 steps" in str(w.message) for w in seen)

@@ -269,7 +269,7 @@ def test_several_optimizers_step_together() -> None:
 
 def test_a_run_that_has_not_started_says_so() -> None:
     model = make_net()
-    run = Run([EMA()], model=model)
+    run = Run([EMA("4ba")], model=model)
     with pytest.raises(RuntimeError, match=r"Run.step: there is no optimizer .*run.start\("):
         run.step()
     with pytest.raises(RuntimeError, match=r"Run: EMA has no state before training; .*run.start"):
@@ -281,7 +281,7 @@ def test_a_run_that_has_not_started_says_so() -> None:
 
 
 def test_reset_forgets_everything_but_the_weights() -> None:
-    run = make_run([MixUp(), EMA()])
+    run = make_run([MixUp(), EMA("4ba")])
     train(run, range(2))
     run.enter_evaluation()
     before = bits(run.model)
@@ -378,7 +378,7 @@ def test_forward_runs_the_model_or_what_it_was_given() -> None:
 
 
 def test_recent_holds_as_many_transformed_batches_as_an_algorithm_asks_for() -> None:
-    run = make_run([MixUp(), EMA(recompute_batchnorm=2)])
+    run = make_run([MixUp(), EMA("4ba", recompute_batchnorm=2)])
     batches = [run.on_batch(data(i)) for i in range(3)]
     assert [a is b for a, b in zip(run.recent, batches[1:], strict=True)] == [True, True]
     run = make_run([MixUp()])
@@ -465,7 +465,7 @@ def one_hot_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def test_a_hand_written_loss_is_an_error_before_the_weights_move() -> None:
-    run = make_run([MixUp(), EMA()])
+    run = make_run([MixUp(), EMA("4ba")])
     before = bits(run.model)
     x, y = run.on_batch(*data(0))
     run.model.eval()  # or the batch norm would move on forward
@@ -823,7 +823,7 @@ def test_other_weights_loaded_in_evaluation_win_when_training_starts_again() -> 
 
 
 def test_without_averages_evaluation_changes_nothing() -> None:
-    run = make_run([MixUp(), EMA(ema_start="0.5dur")])
+    run = make_run([MixUp(), EMA("4ba", ema_start="0.5dur")])
     train(run, range(2))
     before = bits(run.model)
     with run.evaluation():
@@ -951,7 +951,7 @@ def test_a_low_precision_model_keeps_its_precise_average_across_a_checkpoint() -
     ("recipe", "seed", "message"),
     [
         ([MixUp(0.3)], 0, r"alpha: 0.2(.|\n)*this run has seed 0 and(.|\n)*alpha: 0.3"),
-        ([MixUp(), EMA()], 0, r"this run has seed 0 and(.|\n)*- EMA:"),
+        ([MixUp(), EMA("4ba")], 0, r"this run has seed 0 and(.|\n)*- EMA:"),
         ([], 0, r"this run has seed 0 and\n\[\]"),
         ([MixUp()], 1, r"The checkpoint has seed 0 and(.|\n)*this run has seed 1 and"),
     ],
@@ -981,7 +981,7 @@ def test_a_checkpoint_of_another_version_is_refused(version: int | None) -> None
 
 
 def test_the_order_in_which_a_recipe_was_written_does_not_matter_to_a_checkpoint() -> None:
-    recipe = [MixUp(), LabelSmoothing(), EMA()]
+    recipe = [MixUp(), LabelSmoothing(), EMA("4ba")]
     make_run(recipe[::-1]).load_state_dict(make_run(recipe).state_dict())
 
 
