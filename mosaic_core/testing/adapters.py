@@ -49,6 +49,7 @@ __all__ = ["FULL", "AdapterContract"]
 FULL = (ChannelsLast(), BlurPool(), MixUp(0.4), LabelSmoothing(), SAM(), EMA("4ba"))
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CELLS: dict[tuple[type, str], Any] = {}  # outcomes of modes that were trained in other processes
+_WITHOUT: dict[tuple[type, str], Trained] = {}  # what each mode gives without algorithms
 
 
 class AdapterContract:
@@ -193,7 +194,7 @@ class AdapterContract:
             moved = _apart(copied(dict(job.model.named_parameters())), before)
             return Outcome(refused=str(error), weights=moved)
         expected = self.train_plain(self.job(recipe, mode, folder, **options))
-        without = self.train_plain(self.job((), mode, folder, **options))
+        without = self._without_recipe(mode, folder, options)
         if mode.processes > 1:  # each rank has its own batch-norm statistics, DDP sends rank 0's
             names = dict(job.model.named_parameters())
             for trained in (ours, expected, without):
@@ -206,6 +207,15 @@ class AdapterContract:
                 _apart(without.averaged, expected.averaged),
             ),
         )
+
+    def _without_recipe(self, mode: Mode, folder: Path, options: dict[str, Any]) -> Trained:
+        """Train the plain loop without algorithms, once for all recipes of a mode."""
+        key = (type(self), mode.name)
+        if options:
+            return self.train_plain(self.job((), mode, folder, **options))
+        if key not in _WITHOUT:
+            _WITHOUT[key] = self.train_plain(self.job((), mode, folder))
+        return _WITHOUT[key]
 
     def do(self, task: str, folder: Path, **arguments: Any) -> Any:
         """Do one task in the first mode, in this process if the trainer can."""
