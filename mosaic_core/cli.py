@@ -17,7 +17,6 @@ import mosaic_core
 
 if TYPE_CHECKING:
     from mosaic_core.adapter import Adapter
-    from mosaic_core.recipe import Recipe
 
 __all__ = ["app", "main"]
 
@@ -181,7 +180,10 @@ def demo(
         str, typer.Option(help="digits (seconds) or fashion-mnist (minutes), or a plugin's.")
     ] = "digits",
     recipe: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A named recipe, or a YAML file.")
+        str,
+        typer.Option(
+            metavar="RECIPE", help="Names with + and - between them, such as demo+SAM, or YAML."
+        ),
     ] = "demo",
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Length of each run.", show_default="the workload's")
@@ -201,7 +203,7 @@ def demo(
         from mosaic_core import plugins
 
         adapters = _all_trainers() if trainer == "all" else [_trainer(trainer)]
-        chosen, composed = plugins.workload(workload), _recipe(recipe)
+        chosen, composed = plugins.workload(workload), plugins.recipe(recipe)
         for adapter in adapters:
             adapter.check(composed)
         length = chosen.epochs if epochs is None else epochs
@@ -348,16 +350,3 @@ def _trainer_text(adapter: "Adapter") -> str:
     from mosaic_core.doctor import version_of
 
     return f"{adapter.title} ({version_of(adapter)})"
-
-
-def _recipe(name: str) -> "Recipe":
-    """Return a recipe by name, or from a YAML file."""
-    from mosaic_core import Recipe, plugins
-    from mosaic_core.errors import nearest
-
-    known = plugins.recipes()
-    if name in known:
-        return Recipe(known[name])
-    if Path(name).suffix in (".yaml", ".yml"):
-        return Recipe.from_yaml(Path(name))
-    raise LookupError(f"mosaic: unknown recipe {name!r}, and no YAML file{nearest(name, known)}")

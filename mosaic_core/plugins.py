@@ -5,8 +5,10 @@ a module with some of the hooks below. Our own algorithms and adapters come thro
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -16,6 +18,7 @@ from mosaic_core.errors import nearest
 if TYPE_CHECKING:
     from mosaic_core.adapter import Adapter
     from mosaic_core.algorithm import Algorithm
+    from mosaic_core.recipe import Recipe
     from mosaic_core.workloads import Workload
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "hookspec",
     "installed",
     "manager",
+    "recipe",
     "recipes",
     "workload",
     "workloads",
@@ -144,6 +148,58 @@ def recipes() -> dict[str, "Sequence[Algorithm]"]:
     """Return all named recipes."""
     found = (item for named in manager().hook.mosaic_recipes() for item in named.items())
     return _unique(found, "recipes")
+
+
+def recipe(text: str) -> "Recipe":
+    """Return the recipe that a person names on a command line.
+
+    Args:
+        text: Path of a YAML file; or names of recipes and algorithms, added by ``+`` and taken
+            away by ``-``, such as ``"demo+SAM-BlurPool"``. ``"none"`` is the empty recipe.
+
+    Raises:
+        LookupError: If a name is unknown, or what is to be taken away is not there.
+        TypeError: If an algorithm needs a setting, which only YAML can give it.
+        ValueError: If the text is not of that form, or the file no recipe.
+
+    Example:
+        >>> recipe("MixUp+LabelSmoothing+EMA-MixUp")
+        Recipe([LabelSmoothing(smoothing=0.1), EMA()])
+    """
+    from mosaic_core.recipe import Recipe
+
+    if Path(text).suffix in (".yaml", ".yml"):
+        return Recipe.from_yaml(Path(text))
+    if not re.fullmatch(r"\w+([+-]\w+)*", text):
+        raise ValueError(
+            "mosaic: a recipe must be the path of a YAML file, or names with + and - between them,"
+            f" got {text!r}"
+        )
+    members: dict[str, Algorithm] = {}
+    for sign, name in re.findall(r"([+-]?)(\w+)", text):
+        named = {algorithm.name: algorithm for algorithm in _members(name)}
+        if sign != "-":
+            members |= named
+        elif named.keys() <= members.keys():
+            members = {n: a for n, a in members.items() if n not in named}
+        else:
+            raise LookupError(f"mosaic: {text!r} takes away {name}, which is not in it")
+    return Recipe(members.values())
+
+
+def _members(name: str) -> "Sequence[Algorithm]":
+    """Return the algorithms of a recipe, or one by its name and with its defaults."""
+    named, known = recipes(), algorithms()
+    if name in named:
+        return named[name]
+    if name not in known:
+        raise LookupError(f"mosaic: unknown recipe {name!r}{nearest(name, {**named, **known})}")
+    try:
+        return [known[name]()]
+    except TypeError as error:
+        raise TypeError(
+            f"mosaic: {name} has no default for some setting ({error}); write a YAML file"
+        ) from error
 
 
 def workloads() -> dict[str, "Workload"]:

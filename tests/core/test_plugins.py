@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 import pytest
 
-from mosaic_core import Algorithm, Need, Recipe, UnsupportedError, losses, plugins
+from mosaic_core import Algorithm, ConflictError, Need, Recipe, UnsupportedError, losses, plugins
 from mosaic_core import algorithms as our_algorithms
 from mosaic_core.adapter import Adapter
 from mosaic_core.algorithms import EMA, MixUp
@@ -316,3 +316,54 @@ def test_listing_imports_no_trainer() -> None:
     assert not trainers & set(roots)
     heavy = {"torchvision", "sklearn", "matplotlib", "pandas", "scipy"}
     assert not heavy & set(roots)
+
+
+# Recipes as a person names them.
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("none", []),
+        ("MixUp", ["MixUp"]),
+        ("demo", ["BlurPool", "MixUp", "LabelSmoothing", "ChannelsLast", "EMA"]),
+        ("demo-BlurPool-EMA", ["MixUp", "LabelSmoothing", "ChannelsLast"]),
+        ("none+SAM+MixUp", ["MixUp", "SAM"]),
+        ("MixUp+demo-MixUp", ["BlurPool", "LabelSmoothing", "ChannelsLast", "EMA"]),
+        ("demo+SAM-demo", ["SAM"]),
+    ],
+)
+def test_recipes_as_a_person_writes_them(text, names):
+    assert [a.name for a in plugins.recipe(text)] == names
+
+
+def test_a_recipe_keeps_the_settings_of_what_it_adds():
+    assert plugins.recipe("demo-MixUp+MixUp") == Recipe(plugins.recipes()["demo"])
+    assert EMA("0.05dur") in plugins.recipe("MixUp+demo").algorithms
+
+
+def test_a_recipe_in_a_file(tmp_path):
+    path = tmp_path / "my-recipe.yaml"
+    path.write_text("[MixUp: {alpha: 0.7}]")
+    assert plugins.recipe(str(path)) == Recipe([MixUp(0.7)])
+    with pytest.raises(FileNotFoundError):
+        plugins.recipe(str(tmp_path / "other.yml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("MixUpp", LookupError, r"unknown recipe 'MixUpp'; did you mean 'MixUp'\?"),
+        ("demo+demi", LookupError, r"unknown recipe 'demi'"),
+        ("MixUp-EMA", LookupError, r"'MixUp-EMA' takes away EMA, which is not in it"),
+        ("", ValueError, r"names with \+ and - between them, got ''"),
+        ("MixUp+", ValueError, r"got 'MixUp\+'"),
+        ("-MixUp", ValueError, r"got '-MixUp'"),
+        ("MixUp EMA", ValueError, r"got 'MixUp EMA'"),
+        ("Backdrop", TypeError, r"Backdrop has no default for some setting .*write a YAML file"),
+        ("EMA+SWA", ConflictError, r"EMA can't be combined with SWA"),
+    ],
+)
+def test_recipes_that_are_none(text, error, message):
+    with pytest.raises(error, match=message):
+        plugins.recipe(text)
