@@ -176,7 +176,7 @@ class TestFunction:
 
     @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 8, 1)])
     def test_only_images_can_be_scaled(self, shape):
-        with pytest.raises(ValueError, match=r"select_using_loss: scale_factor below 1 needs images"):
+        with pytest.raises(ValueError, match=r"select_using_loss: scale_factor below 1 needs"):
             select_using_loss(torch.ones(shape), torch.ones(2), nn.Identity(), F.mse_loss, 0.5, 0.5)
 
 
