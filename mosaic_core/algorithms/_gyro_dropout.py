@@ -114,11 +114,12 @@ def apply_gyro_dropout(
     names = []
     for name, module in model.named_modules():
         if type(module) is nn.Dropout:
-            swap_class(module, _GyroDropout, p=p, sigma=sigma, tau=tau)
+            swap_class(module, _GyroDropout)
             # Attributes, no buffers: DDP would send those of rank 0 to all ranks.
             module.mask_seed = torch.tensor(derive_seed(name, "masks"))
             module.pick_seed = torch.tensor(derive_seed(name, "picks"))
         if isinstance(module, _GyroDropout):
+            module.p, module.sigma, module.tau = p, sigma, tau  # the latest hold
             names.append(name)
     if not names:
         warn_no_effect("apply_gyro_dropout", "nn.Dropout")

@@ -125,6 +125,15 @@ class TestSurgery:
         x = torch.randn(5, 6)
         assert torch.equal(model(x), once(x))
 
+    def test_the_latest_settings_hold(self):
+        """As for a second run of the same model."""
+        model, other = make_net(), make_net()
+        apply_gyro_dropout(model)
+        apply_gyro_dropout(model, p=0.2, sigma=8, tau=2)
+        apply_gyro_dropout(other, p=0.2, sigma=8, tau=2)
+        x = torch.randn(5, 6)
+        assert torch.equal(model(x), other(x))
+
     def test_only_plain_dropout_is_replaced(self):
         with pytest.warns(NoEffectWarning, match=r"apply_gyro_dropout: the model has no nn.Drop"):
             apply_gyro_dropout(nn.Sequential(nn.Dropout2d(), nn.AlphaDropout()))
