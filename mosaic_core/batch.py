@@ -160,7 +160,8 @@ def select_examples(value: Any, indices: torch.Tensor, count: int) -> Any:
         count: Number of examples in it.
     """
     if isinstance(value, torch.Tensor):
-        return value[indices] if value.dim() and len(value) == count else value
+        examples = value.dim() and len(value) == count
+        return value[indices.to(value.device)] if examples else value
     keys: Any = _fields(value)
     if keys is None and isinstance(value, list | tuple):
         keys = range(len(value))

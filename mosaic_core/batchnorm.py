@@ -1,6 +1,6 @@
 """Batch norms that keep running statistics: finding them, and computing the statistics again."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def recompute(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[Any], object] | None = None,
+    frozen: Container[str] = (),
 ) -> None:
     """Compute the statistics again, in place, as the mean over some batches.
 
@@ -39,8 +42,9 @@ def recompute(
         model: The model.
         batches: Batches to run it on, each of which counts the same.
         forward: Runs the model on one of them; None calls ``model(batch)``.
+        frozen: Names of batch norms whose statistics stay.
     """
-    norms = list(batch_norms(model).values())
+    norms = [norm for name, norm in batch_norms(model).items() if name not in frozen]
     if not norms:
         return
     modes = {module: module.training for module in model.modules()}

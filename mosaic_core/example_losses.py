@@ -45,18 +45,25 @@ def example_losses(run: "Run", input: Tensor, labels: Mixture) -> Tensor:
     with Untraced(run.model):
         output = run.forward(batch)
     run.mixture = mixture
-    in_loop = not receipt.elements and isinstance(output, Tensor)
-    if in_loop and output.dim() > 1 and not labels.label.is_floating_point():
+    if not receipt.elements and _are_classes(output, labels.label):  # the loss lies in a loop
         F.cross_entropy(output, target)
     examples = len(input)
     if not receipt.elements or any(loss.numel() % examples for loss, _ in receipt.elements):
         raise UnsupportedError(
             "mosaic: the losses of single examples are not to be had, because forward computed no"
             " loss that mosaic knows, or one that mixes examples; use F.cross_entropy, or make the"
-            " loss known with mosaic_core.register_loss"
+            " loss known with mosaic_core.register_loss; in a plain loop, give Run a forward that"
+            " computes it, unless the model returns logits (N, C, ...) for classes (N, ...)"
         )
     total = torch.zeros(examples, device=input.device)
     for loss, counted in receipt.elements:
         rows = loss.reshape(examples, -1)
         total += rows.sum(1) / counted.reshape(examples, -1).sum(1).clamp_min(1)
     return total
+
+
+def _are_classes(output: object, label: Tensor) -> bool:
+    """Tell whether a model returned logits, of two classes at least, for class indices."""
+    if not isinstance(output, Tensor) or output.dim() < 2 or label.is_floating_point():
+        return False
+    return output.shape[1] > 1 and output.shape[:1] + output.shape[2:] == label.shape

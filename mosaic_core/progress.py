@@ -115,9 +115,9 @@ class Progress:
         if duration.unit == "ba":
             return duration.value
         if duration.unit == "dur":
-            return duration.value * self._known("total_steps")
+            return _product(duration.value, self._known("total_steps"))
         if duration.unit == "ep":
-            return duration.value * self._known("steps_per_epoch")
+            return _product(duration.value, self._known("steps_per_epoch"))
         raise ValueError(f"Progress: {duration} has no fixed number of steps; use ba, ep or dur")
 
     def reached(self, duration: Duration) -> bool:
@@ -141,3 +141,8 @@ class Progress:
                 " or write the duration in ba"
             )
         return value
+
+
+def _product(share: float, steps: int) -> float:
+    """Multiply; 0.07 * 100, which floats take for a little more, is 7."""
+    return round(share * steps, 6) or share * steps

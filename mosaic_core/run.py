@@ -65,6 +65,7 @@ class Run:
     Attributes:
         recent: The latest transformed micro-batches, newest last, as many as an algorithm keeps;
             none where the model has no batch norms.
+        frozen_norms: Names of the batch norms that were in evaluation mode in the latest of them.
 
     Raises:
         ValueError: If ``carrier`` is neither.
@@ -131,6 +132,8 @@ class Run:
             accept_sentinel(model)
         kept = max((a.replays() for a in self.recipe), default=0) if batch_norms(model) else 0
         self.recent: deque[Any] = deque(maxlen=kept)
+        self.frozen_norms: set[str] = set()
+        self._norms: dict[str, nn.Module] = {}
         if optimizer is not None:
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
             self.start(optimizers, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -158,6 +161,8 @@ class Run:
         self.progress.total_steps, self.progress.steps_per_epoch = total_steps, steps_per_epoch
         self.progress.micro_batch = 0
         self._pending.clear()
+        if self.recent.maxlen:  # by now trainers have put synchronised ones in their place
+            self._norms = dict(batch_norms(self.model))
         self.parameters.start()
         if isinstance(self.parameters, ReplicatedParameters):  # others are flat in their optimizer
             self.new_parameters.join(optimizers)
@@ -254,6 +259,8 @@ class Run:
             whole = self._transform(whole)
         if self.recent.maxlen:
             self.recent.append(whole)
+            frozen = (name for name, norm in self._norms.items() if not norm.training)
+            self.frozen_norms = set(frozen) if self.model.training else set()
         self.progress.micro_batch += 1
         return whole
 

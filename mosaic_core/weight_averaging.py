@@ -104,7 +104,7 @@ class WeightAveraging(Algorithm):
         """Give the batch norms the statistics of the averaged weights."""
         state: AverageState = run.state(self)
         if run.recent:
-            batchnorm.recompute(run.model, run.recent, run.forward)
+            batchnorm.recompute(run.model, run.recent, run.forward, run.frozen_norms)
         elif state.statistics:
             run.averaged.load(state.statistics)
 

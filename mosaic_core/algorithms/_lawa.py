@@ -122,10 +122,8 @@ class LAWA(WeightAveraging):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        if not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(
-                f"LAWA: window must be a whole number of at least 1, got {self.window}"
-            )
+        if self.window < 1:
+            raise ValueError(f"LAWA: window must be at least 1, got {self.window}")
 
     def init_state(self, run: "Run") -> _State:
         """Begin without copies."""

@@ -194,10 +194,9 @@ class ProgressiveResizing(Algorithm):
                 "ProgressiveResizing: delay_fraction + finetune_fraction must be at most 1, got"
                 f" {self.delay_fraction} + {self.finetune_fraction}"
             )
-        if self.size_increment < 1 or self.size_increment != int(self.size_increment):
+        if self.size_increment < 1:
             raise ValueError(
-                "ProgressiveResizing: size_increment must be a whole number of at least 1, got"
-                f" {self.size_increment}"
+                f"ProgressiveResizing: size_increment must be at least 1, got {self.size_increment}"
             )
 
     @property
@@ -243,7 +242,7 @@ class ProgressiveResizing(Algorithm):
 
     def _side(self, full: int, scale: float) -> int:
         """Return the multiple, or the full side, nearest to the scaled side; the larger of two."""
-        exact, increment = scale * full, int(self.size_increment)
+        exact, increment = scale * full, self.size_increment
         below = int(exact // increment) * increment
         above = min(below + increment, full)
         return below if below and exact - below < above - exact else above

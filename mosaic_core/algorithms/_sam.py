@@ -152,10 +152,8 @@ class SAM(Algorithm):
     def __post_init__(self) -> None:
         """Check the settings."""
         _check("SAM", self.rho, self.epsilon)
-        if not (isinstance(self.interval, int) and self.interval >= 1):
-            raise ValueError(
-                f"SAM: interval must be a whole number of at least 1, got {self.interval}"
-            )
+        if self.interval < 1:
+            raise ValueError(f"SAM: interval must be at least 1, got {self.interval}")
 
     def init_state(self, run: "Run") -> _State:
         """Begin with nothing moved."""

@@ -91,20 +91,21 @@ def select_using_loss(
             f"select_using_loss: target must have the length of input, {len(input)}, got"
             f" {len(target)}"
         )
+    small = _scaled("select_using_loss", input, scale_factor)
     with torch.no_grad(), Untraced(model):
-        losses = loss_fun(model(_scaled(input, scale_factor)), target, reduction="none")
+        losses = loss_fun(model(small), target, reduction="none")
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     indices = _choose(losses.reshape(len(input), -1).mean(1), keep, seed)
     return input[indices], target[indices]
 
 
-def _scaled(input: Tensor, scale_factor: float) -> Tensor:
+def _scaled(where: str, input: Tensor, scale_factor: float) -> Tensor:
     if scale_factor == 1:
         return input
-    if input.dim() != 4:
+    if input.dim() != 4 or scale_factor * min(input.shape[2:]) < 1:
         raise ValueError(
-            "SelectiveBackprop: scale_factor below 1 needs images (N, C, H, W), got"
-            f" {tuple(input.shape)}; set it to 1"
+            f"{where}: scale_factor below 1 needs images (N, C, H, W) of which at least a pixel is"
+            f" left, got {scale_factor} for an input of shape {tuple(input.shape)}"
         )
     return F.interpolate(input, scale_factor=scale_factor, mode="bilinear", align_corners=False)
 
@@ -199,5 +200,6 @@ class SelectiveBackprop(Algorithm):
             progress.fraction, progress.step, self.start, self.end, self.interrupt
         ):
             return batch
-        losses = example_losses(run, _scaled(batch.input, self.scale_factor), batch.labels)
+        small = _scaled("SelectiveBackprop", batch.input, self.scale_factor)
+        losses = example_losses(run, small, batch.labels)
         return batch.select(_choose(losses, self.keep, run.seed_for(self)))

@@ -24,7 +24,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mosaic_core import Algorithm, ConflictError, LossError, Place, Run, UnsupportedError
-from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, LabelSmoothing, MixUp, NoOp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    Backdrop,
+    BlurPool,
+    LabelSmoothing,
+    MixUp,
+    NoOp,
+    SelectiveBackprop,
+)
+from mosaic_core.algorithms._selective_backprop import _choose
 from mosaic_core.loop import train_steps
 from mosaic_hf import MosaicCallback, load_pretrained
 
@@ -128,6 +138,56 @@ def test_a_recipe_that_drops_examples_keeps_the_mean(tmp_path):
     ours = fit("vit", [FirstHalf()], tmp_path, gradient_accumulation_steps=2)
     expected = by_hand("vit", [FirstHalf()], mean, accumulate=2)
     assert difference(ours.weights, expected.weights) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["bert", *CAUSAL])
+def test_a_selection_is_that_of_a_loop_written_out(name, tmp_path):
+    """With attention masks, dropout, and labels of which not all count; two micro-batches."""
+    always, data = SelectiveBackprop(start=0.0, end=1.0, interrupt=0), Data(name, count=30)
+    for i, item in enumerate(data.items):
+        item["attention_mask"] = (torch.arange(10) < 10 - i % 4).long()
+    ours, model = (make(name, dropout=0.1) for _ in range(2))
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "max_steps": 3}
+
+    class Seeded(hf.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.manual_seed(state.global_step)
+
+    callbacks = [MosaicCallback([always], seed=3), Seeded()]
+    trainer(ours, data, tmp_path, callbacks, **options).train()
+
+    def losses(batch):
+        logits, labels = model(**batch | {"labels": None}).logits, batch["labels"]
+        if name == "bert":
+            return F.cross_entropy(logits, labels, reduction="none")[:, None]
+        return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+
+    def count(batch):  # as the Trainer does: it knows of Llama alone that it shifts the labels
+        labels = batch["labels"]
+        return (labels[:, 1:] if name == "llama" else labels).ne(-100).sum()
+
+    optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.02), iter(data.batches(5))
+    run = Run([always], model=model, optimizer=optimizer, total_steps=3, seed=3)
+    model.train()
+    for step in range(3):
+        torch.manual_seed(step)
+        window = [next(batches) for _ in range(2)]
+        for batch in window:
+            stream = torch.get_rng_state()
+            with torch.no_grad():
+                each = losses(batch)
+            torch.set_rng_state(stream)
+            counted = each.ne(0).sum(1).clamp_min(1)
+            kept = _choose(each.sum(1) / counted, 0.5, run.seed_for(always))
+            left = {key: value[kept] for key, value in batch.items()}
+            items = sum(map(count, window)) * count(left) / count(batch)
+            items = len(kept) if name == "bert" else items  # it takes its own mean
+            (losses(left).sum() / items).backward()
+            run.progress.micro_batch += 1
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step()
+    assert difference(clone(ours.state_dict()), clone(model.state_dict())) <= 1e-6
 
 
 # Two passes, clipping and other ways to train.

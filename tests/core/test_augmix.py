@@ -147,7 +147,6 @@ def test_every_micro_batch_step_and_seed_draws_anew():
     [
         ({"severity": 0}, "severity must be one of 1, ..., 10, got 0"),
         ({"severity": 11}, "severity must be one of 1, ..., 10, got 11"),
-        ({"severity": 2.5}, "severity must be one of 1, ..., 10, got 2.5"),
         ({"width": 0}, "width must be a whole number of at least 1, got 0"),
         ({"depth": 0}, "depth must be a whole number of at least 1, or -1 to draw it, got 0"),
         ({"depth": -2}, "depth must be a whole number of at least 1, or -1 to draw it, got -2"),
@@ -160,3 +159,10 @@ def test_settings(settings, message):
         AugMix(**settings)
     with pytest.raises(ValueError, match=f"^augmix_image: {message}$"):
         augmix_image(images(), **settings)
+
+
+def test_severity_is_a_whole_number():
+    with pytest.raises(TypeError, match=r"^AugMix: severity must be a whole number, got 2.5$"):
+        AugMix(2.5)
+    with pytest.raises(ValueError, match=r"^augmix_image: severity must be one of 1, .* got 2.5$"):
+        augmix_image(images(), severity=2.5)

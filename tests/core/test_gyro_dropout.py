@@ -29,6 +29,16 @@ class TestFunction:
         assert y.dtype == dtype
         assert ((y == 0) | (y == 2 * x)).all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_rounds_once(self, dtype):
+        """The factor 1 / 0.9 is itself no bfloat16 number."""
+        x = torch.randn(8, 99, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        y = gyro_dropout(x, 0.1)
+        assert torch.equal(y[y != 0], (x.double() / 0.9).to(dtype)[y != 0])
+
+    def test_a_batch_of_none(self):
+        assert gyro_dropout(torch.ones(0, 4)).shape == (0, 4)
+
     @pytest.mark.parametrize("count", [1, 3, 8, 9])
     def test_examples_take_turns_with_the_masks_at_work(self, count):
         m = masks(count, sigma=64, tau=4, mask_seed=seed_of(1), pick_seed=seed_of(2))
@@ -114,6 +124,15 @@ class TestSurgery:
         assert apply_gyro_dropout(model, sigma=8, tau=2) == ["1", "3"]
         x = torch.randn(5, 6)
         assert torch.equal(model(x), once(x))
+
+    def test_the_latest_settings_hold(self):
+        """As for a second run of the same model."""
+        model, other = make_net(), make_net()
+        apply_gyro_dropout(model)
+        apply_gyro_dropout(model, p=0.2, sigma=8, tau=2)
+        apply_gyro_dropout(other, p=0.2, sigma=8, tau=2)
+        x = torch.randn(5, 6)
+        assert torch.equal(model(x), other(x))
 
     def test_only_plain_dropout_is_replaced(self):
         with pytest.warns(NoEffectWarning, match=r"apply_gyro_dropout: the model has no nn.Drop"):

@@ -85,6 +85,16 @@ def test_steps(text: str, steps: float) -> None:
     assert progress.steps(Duration.parse(text)) == pytest.approx(steps)
 
 
+@pytest.mark.parametrize(("text", "total"), [("0.07dur", 100), ("0.28dur", 25), ("0.7dur", 90)])
+def test_a_fraction_that_is_a_whole_number_of_steps_is_one(text: str, total: int) -> None:
+    """As floats, 0.07 * 100 is more than 7 and 0.7 * 90 less than 63."""
+    duration, just = Duration.parse(text), round(float(text[:-3]) * total)
+    assert Progress(total_steps=total).steps(duration) == just
+    assert not Progress(total_steps=total, step=just - 1).reached(duration)
+    assert Progress(total_steps=total, step=just).reached(duration)
+    assert Progress(total_steps=100).steps(Duration.parse("1e-9dur")) == pytest.approx(1e-7)
+
+
 @pytest.mark.parametrize("text", ["10sp", "1e6tok"])
 def test_samples_and_tokens_have_no_fixed_number_of_steps(text: str) -> None:
     with pytest.raises(ValueError, match=r"Progress: .* has no fixed number of steps; use ba, ep"):

@@ -42,7 +42,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 CASES = [
     pytest.param(cls, settings, id=f"{name}-{i}")
     for name, cls in plugins.algorithms().items()
-    for i, settings in enumerate(EXAMPLES.get(name, [{}]))
+    for i, settings in enumerate(EXAMPLES.get(name, [cls.example().settings]))
 ]
 
 
@@ -300,10 +300,14 @@ def test_a_setting_that_yaml_can_not_hold_is_refused_before_training() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("[MixUpp]", LookupError, r"unknown algorithm 'MixUpp'; did you mean 'MixUp'\? Known: Ba"),
+        (
+            "[MixUpp]",
+            LookupError,
+            r"unknown algorithm 'MixUpp'; did you mean 'MixUp'\? Known: AugMix, Ba",
+        ),
         ("[mixup]", LookupError, r"unknown algorithm 'mixup'; did you mean 'MixUp'\?"),
         ("[{label_smoothing: {}}]", LookupError, r"did you mean 'LabelSmoothing'\?"),
-        ("[zzz]", LookupError, r"unknown algorithm 'zzz'\. Known: Backdrop, BlurPool, "),
+        ("[zzz]", LookupError, r"unknown algorithm 'zzz'\. Known: AugMix, Backdrop, BlurPool, "),
         ("[{5: {}}]", LookupError, r"unknown algorithm 5\. Known: "),
         ("[Algorithm]", LookupError, r"unknown algorithm 'Algorithm'"),
         (

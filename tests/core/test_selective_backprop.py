@@ -174,9 +174,10 @@ class TestFunction:
         with pytest.raises(ValueError, match=r"target must have the length of input, 8, got 3"):
             select_using_loss(data()[0], torch.zeros(3), make_net(), F.cross_entropy)
 
-    def test_only_images_can_be_scaled(self):
-        with pytest.raises(ValueError, match=r"scale_factor below 1 needs images"):
-            select_using_loss(torch.ones(2, 3), torch.ones(2), nn.Identity(), F.mse_loss, 0.5, 0.5)
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 8, 1)])
+    def test_only_images_can_be_scaled(self, shape):
+        with pytest.raises(ValueError, match=r"select_using_loss: scale_factor below 1 needs"):
+            select_using_loss(torch.ones(shape), torch.ones(2), nn.Identity(), F.mse_loss, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,20 @@ class TestLosses:
         x = data()[0]
         with pytest.raises(UnsupportedError, match=r"use F.cross_entropy, or make the loss known"):
             make_run([ALWAYS]).on_batch(x, torch.randn(8, 5))
+
+    @pytest.mark.parametrize(
+        ("model", "input", "label"),
+        [
+            (nn.Embedding(7, 7), torch.ones(8, 5).long(), torch.ones(8, 5).long()),  # of tokens
+            (nn.Linear(12, 1), torch.ones(8, 12), torch.ones(8).long()),  # for a binary loss
+        ],
+        ids=["classes last", "one logit"],
+    )
+    def test_an_output_that_is_no_logits_of_the_labels_is_refused_in_a_loop(
+        self, model, input, label
+    ):
+        with pytest.raises(UnsupportedError, match=r"give Run a forward that computes it"):
+            make_run([ALWAYS], model).on_batch(input, label)
 
     def test_a_loss_that_mixes_examples_is_refused(self):
         model = make_net()

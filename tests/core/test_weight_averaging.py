@@ -53,6 +53,22 @@ def evaluated(run):
         return {name: value.clone() for name, value in run.model.state_dict().items()}
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+def test_statistics_that_are_frozen_in_training_stay(algorithm):
+    """As in fine-tuning with batch norms in evaluation mode: the weights learnt with those."""
+    model = nn.Sequential(nn.BatchNorm2d(1), *network())
+    nn.init.constant_(model[0].running_mean, 5)
+    run = start(algorithm, model.train())
+    model[0].eval()
+    train(run, 4)
+    training = model[2].running_mean.clone()
+    model.eval()
+    state = evaluated(run)
+    assert state["0.running_mean"].item() == 5
+    assert state["0.num_batches_tracked"].item() == 0
+    assert not torch.allclose(state["2.running_mean"], training)
+
+
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     for name in a:

@@ -68,9 +68,9 @@ class Steps:
         rest = (*rest, *named.values())  # num_items_in_batch, if anything
         inputs = self._prepare(inputs)
         batch = self._transform(inputs)
-        share = _kept_share(inputs, batch)
-        if share != 1 and rest and rest[0] is not None:
-            rest = (rest[0] * share, *rest[1:])
+        if rest and rest[0] is not None:
+            shifted = getattr(self._trainer, "_loss_shifts_labels", False)  # not in 5.0
+            rest = (rest[0] * _kept_share(inputs, batch, shifted), *rest[1:])
         if self._two_pass:
             self._window.append((model, batch, rest))
         try:
@@ -142,11 +142,18 @@ class Steps:
             self.replaying = replaying
 
 
-def _kept_share(before: Any, after: Any) -> float:
-    """Tell which share of the counted items a recipe that drops examples has kept."""
+def _kept_share(before: Any, after: Any, shifted: bool) -> Any:
+    """Tell which share of the counted labels a recipe that drops examples has kept.
+
+    With it each micro-batch keeps its weight in the window: what is left is summed, and divided by
+    the count of it in place of the count of all.
+    """
     try:
         old, new = before["labels"], after["labels"]
     except (KeyError, TypeError, IndexError):
         return 1
-    tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
-    return new.numel() / old.numel() if tensors and old.shape != new.shape else 1
+    if not (isinstance(old, Tensor) and isinstance(new, Tensor)) or old.shape == new.shape:
+        return 1
+    if shifted:
+        old, new = old[..., 1:], new[..., 1:]
+    return new.ne(-100).sum().clamp_min(1) / old.ne(-100).sum().clamp_min(1)
