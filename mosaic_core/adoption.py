@@ -39,6 +39,14 @@ class NewParameters:
         """The ``id`` of every new parameter."""
         return {id(parameter) for _, new, _ in self._joining for parameter in new}
 
+    def heirs(self, held: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+        """Return those that belong to the group of a parameter that an optimizer holds."""
+        known = set(held)
+        for host, new, _ in self._joining:
+            if host in known:
+                known.update(new)
+        return known.difference(held)
+
     def join(self, optimizers: Sequence[Any]) -> None:
         """Put them into the groups of optimizers that do not hold them yet.
 

@@ -125,3 +125,12 @@ def test_what_was_added_and_replaced_is_known(instead):
     run = Run([Adds(instead)], model=model)
     assert run.new_parameters.added == set(map(id, model.new.parameters()))
     assert run.new_parameters.replaced == ({id(weight)} if instead else set())
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_heirs_are_those_of_parameters_that_are_held(instead):
+    model = make_model()
+    first, second = model.first.weight, model.second.weight
+    run = Run([Adds(instead)], model=model)
+    assert run.new_parameters.heirs([first, second]) == set(model.new.parameters())
+    assert run.new_parameters.heirs([second]) == set()
