@@ -39,6 +39,14 @@ class NewParameters:
         """The ``id`` of every new parameter."""
         return {id(parameter) for _, new, _ in self._joining for parameter in new}
 
+    def heirs(self, held: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+        """Return those that belong to the group of a parameter that an optimizer holds."""
+        known = set(held)
+        for host, new, _ in self._joining:
+            if host in known:
+                known.update(new)
+        return known.difference(held)
+
     def join(self, optimizers: Sequence[Any]) -> None:
         """Put them into the groups of optimizers that do not hold them yet.
 
@@ -46,14 +54,15 @@ class NewParameters:
             optimizers: All optimizers of the run, before their first step.
 
         Raises:
-            UnsupportedError: If no optimizer holds a parameter that new ones are to join.
+            UnsupportedError: If no optimizer holds a parameter that new ones are to join, unless
+                they are frozen.
         """
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         for host, new, gone in self._joining:
             missing = [parameter for parameter in new if id(parameter) not in held]
             group = next((g for g in groups if any(p is host for p in g["params"])), None)
-            if missing and group is None:
+            if group is None and any(parameter.requires_grad for parameter in missing):
                 raise UnsupportedError(
                     "mosaic: the recipe made new parameters, and no optimizer trains the one they"
                     f" belong to, of shape {tuple(host.shape)}; make the optimizer after the"

@@ -1,6 +1,7 @@
 """What an algorithm is: frozen settings, the points of a run where it acts, and its card."""
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ class Algorithm:
         fields: tuple[dataclasses.Field[Any], ...] = ()
         if dataclasses.is_dataclass(cls):
             fields = dataclasses.fields(cls)
-        given = dict(zip((f.name for f in fields), args, strict=False)) | kwargs
+        names = list(inspect.signature(cls.__init__).parameters)[1:]  # not all are fields
+        given = dict(zip(names, args, strict=False)) | kwargs
         for f in fields:
             if f.name in given and not _fits(given[f.name], f.type):
                 kinds = " or ".join(_WORDS.get(kind, str(kind)) for kind in _union(f.type))

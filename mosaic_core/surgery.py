@@ -108,7 +108,7 @@ def swap_class(module: nn.Module, new: type[nn.Module], **attributes: Any) -> No
     elif any(
         base is Mixin or issubclass(old, base) for base in set(new.__bases__) - {nn.Module, object}
     ):
-        swapped = _stacked((new, *getattr(old, _STACK, (old,))))
+        swapped = _stacked((new, *vars(old).get(_STACK, (old,))))
     else:
         raise TypeError(f"swap_class: {new.__name__} is no subclass of {old.__name__}")
     module.__dict__.setdefault(_ORIGINAL, old)

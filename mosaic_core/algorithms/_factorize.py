@@ -214,8 +214,7 @@ def _split(module: nn.Module, weight: nn.Parameter, rank: int, new: NewParameter
     swap_class(module, FactorizedLinear if isinstance(module, nn.Linear) else FactorizedConv2d)
     module.weight_in = nn.Parameter(first, weight.requires_grad)
     module.weight_out = nn.Parameter(second, weight.requires_grad)
-    if weight.requires_grad:
-        new.replace(weight, [module.weight_in, module.weight_out])
+    new.replace(weight, [module.weight_in, module.weight_out])
 
 
 def _rank(rank: int | float, m: int, n: int) -> int:

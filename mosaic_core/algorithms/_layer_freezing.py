@@ -182,8 +182,8 @@ class LayerFreezing(Algorithm):
 
     At the beginning of each step the layers of :func:`freeze_layers` stop requiring gradients, and
     when their gradients are complete they require them again: between steps every parameter is as
-    you set it, and what you froze yourself stays frozen. After an exception inside a step the
-    frozen ones stay so until the model is trained with this algorithm again.
+    you set it, and what you froze yourself stays frozen and counts as no layer. After an exception
+    inside a step the frozen ones stay so until the model is trained with this algorithm again.
 
     Args:
         freeze_start: Share of the run after which freezing begins, in [0, 1).
@@ -241,7 +241,9 @@ class LayerFreezing(Algorithm):
         if run.progress.micro_batch == 0:
             state.thaw()  # where the last window was given up
             share = _share(run.progress.fraction, self.freeze_start, self.freeze_level)
-            layers = _first(state.layers, share)
+            # What the user froze does not count, or the last layer that trains would go too.
+            training = [la for la in state.layers if not la or any(p.requires_grad for p in la)]
+            layers = _first(training, share)
             state.freeze(layers)
             run.log("LayerFreezing/layers_frozen", len(layers))
             if run.world_size > 1:

@@ -132,7 +132,10 @@ def _excite(module: Any, args: Any, output: Tensor) -> Any:
 
 def _new_parameters(new: NewParameters, changed: dict[str, Any]) -> NewParameters:
     for convolution in changed.values():
-        new.add(convolution.squeeze_excite.parameters(), beside=convolution.weight)
+        block = set(convolution.squeeze_excite.parameters())
+        # Not ``weight``, which Factorize and parametrisations compute from parameters of their own.
+        own = {n: p for n, p in convolution.named_parameters() if p not in block and n != "bias"}
+        new.add(convolution.squeeze_excite.parameters(), beside=next(iter(own.values())))
     return new
 
 

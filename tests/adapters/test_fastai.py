@@ -58,7 +58,7 @@ from torch import nn
 
 from mosaic_core import Need, Run
 from mosaic_core.algorithm import Algorithm, Place
-from mosaic_core.algorithms import EMA, SAM, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import EMA, SAM, BlurPool, Factorize, LabelSmoothing, MixUp
 from mosaic_core.mixture import Mixture
 from mosaic_core.target import MixedTarget
 from mosaic_core.testing._network import network
@@ -171,6 +171,22 @@ def test_new_parameters_join_an_optimizer_that_exists(tmp_path, make):
         trained.append(state(learn.model))
     assert trained[0]["head.gain"] != 1
     assert difference(trained[1], trained[0]) == 0
+
+
+def test_what_surgery_makes_of_frozen_layers_is_unfrozen_with_the_rest(tmp_path):
+    def split(model):
+        return [list(model[:5].parameters()), list(model[5:].parameters())]
+
+    learn = learner(tmp_path, splitter=split)
+    learn.freeze()
+    learn.add_cb(mosaic([Factorize(min_channels=4, latent_channels=1, factorize_linears=False)]))
+    learn.fit(1)
+    assert not learn.model.conv2.weight_in.requires_grad
+    before = state(learn.model)
+    learn.unfreeze()
+    learn.fit(1)
+    for name in ("conv2.weight_in", "conv2.weight_out"):
+        assert not torch.equal(state(learn.model)[name], before[name])
 
 
 def test_an_optimizer_that_was_made_before_the_learner(tmp_path):

@@ -433,13 +433,30 @@ def test_training_again_goes_on_from_the_training_weights(tmp_path):
 
 def test_a_second_trainer_goes_on_with_the_same_callback(tmp_path):
     callback, seen = MosaicCallback(recipe(), seed=3), []
-    trainer(make("resnet"), Data("resnet"), tmp_path, [callback], max_steps=3).train()
+    trainer(make("resnet"), Data("resnet"), tmp_path, [callback], max_steps=4).train()
     model, raw = callback.run.model, callback.run.state_dict()["training_weights"]
     averaged = clone(dict(model.named_parameters()))
-    second = trainer(model, Data("resnet"), tmp_path, [callback, Watch(seen)], max_steps=3)
+    second = trainer(model, Data("resnet"), tmp_path, [callback, Watch(seen)], max_steps=4)
     assert difference(clone(dict(model.named_parameters())), averaged) == 0  # until it trains
     second.train()
     assert difference(seen[0], raw) == 0
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_second_training_comes_after_the_first_in_the_run(new, tmp_path):
+    fractions, callback = [], MosaicCallback([NoOp()])
+
+    class Fraction(hf.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            fractions.append(callback.run.progress.fraction)
+
+    t = trainer(make("resnet"), Data("resnet"), tmp_path, [callback, Fraction()], max_steps=2)
+    t.train()
+    if new:
+        callbacks = [callback, Fraction()]
+        t = trainer(t.model, Data("resnet"), tmp_path, callbacks, max_steps=2)
+    t.train()
+    assert fractions == [0, 0.5, 0.5, 0.75]
 
 
 class Watch(hf.TrainerCallback):

@@ -322,7 +322,7 @@ def test_an_average_by_epoch_is_validated_in_its_epoch(pl):
 
 def test_a_second_fit_goes_on_from_the_training_weights(pl):
     torch.manual_seed(0)
-    module, callback = module_class(pl)("adamw"), MosaicCallback([EMA("10ba")])
+    module, callback = module_class(pl)("adamw"), MosaicCallback([EMA("1ba")])
     fit = trainer(pl, [callback], max_steps=5)
     fit.fit(module, loader())
     raw = clone(callback.run.state_dict()["training_weights"])
@@ -339,6 +339,18 @@ def test_a_second_fit_goes_on_from_the_training_weights(pl):
         module.net[0].weight.fill_(0.5)
     trainer(pl, [callback, Watch()], max_steps=1).fit(module, loader())
     assert (seen[-1]["net.0.weight"] == 0.5).all()
+
+
+def test_a_second_fit_comes_after_the_first_in_the_run(pl):
+    module, callback, fractions = module_class(pl)(), MosaicCallback([NoOp()]), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *_):
+            fractions.append(callback.run.progress.fraction)
+
+    for _ in range(2):
+        trainer(pl, [callback, Watch()], max_steps=4).fit(module, loader())
+    assert fractions == [0, 0.25, 0.5, 0.75, 0.5, 0.625, 0.75, 0.875]
 
 
 # Checkpoints.

@@ -106,9 +106,31 @@ def test_parameters_that_nobody_would_train_are_refused(instead):
 
 
 @pytest.mark.parametrize("instead", [False, True])
+def test_frozen_parameters_join_where_theirs_is_held(instead):
+    for held in (True, False):
+        model = make_model()
+        model.first.requires_grad_(False)
+        parameters = model.parameters() if held else model.second.parameters()
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        run = Run([Adds(instead)], model=model)
+        new = set(map(id, model.new.requires_grad_(False).parameters()))
+        run.start([optimizer])
+        assert new & set(ids(optimizer.param_groups[0])) == (new if held else set())
+
+
+@pytest.mark.parametrize("instead", [False, True])
 def test_what_was_added_and_replaced_is_known(instead):
     model = make_model()
     weight = model.first.weight
     run = Run([Adds(instead)], model=model)
     assert run.new_parameters.added == set(map(id, model.new.parameters()))
     assert run.new_parameters.replaced == ({id(weight)} if instead else set())
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_heirs_are_those_of_parameters_that_are_held(instead):
+    model = make_model()
+    first, second = model.first.weight, model.second.weight
+    run = Run([Adds(instead)], model=model)
+    assert run.new_parameters.heirs([first, second]) == set(model.new.parameters())
+    assert run.new_parameters.heirs([second]) == set()

@@ -357,6 +357,15 @@ class TestSurgery:
         optimizer.step()
         assert not any(map(torch.equal, before, model.parameters()))
 
+    def test_frozen_layers_may_be_unfrozen_later(self):
+        """As fastai's do: the optimizer holds them all the time."""
+        model = small_net().requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        apply_factorization(model, **SMALL, optimizers=optimizer)
+        assert not any(p.requires_grad for p in model.parameters())
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in model.parameters()}
+
     def test_an_optimizer_of_other_parameters_is_refused(self):
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
         with pytest.raises(UnsupportedError, match="no optimizer trains the one they belong to"):

@@ -289,6 +289,22 @@ class TestInARun:
         assert inside[3] == [n for n in before if n[0] != "0"]
         assert not any(module._forward_hooks for module in model.modules())
 
+    def test_the_last_layer_that_trains_goes_on_where_the_user_froze_the_rest(self):
+        run = start([LayerFreezing(0.0)])
+        for i in (3, 5, 6):
+            run.model[i].requires_grad_(False)
+        inside = []
+
+        def loss(model, batch):
+            inside.append(trained_now(model))
+            return cross_entropy(model, batch)
+
+        train(run, loss=loss)
+        assert inside[-1] == inside[0] == ["0.weight", "1.weight", "1.bias"]
+        run.start(run.optimizers, total_steps=1)
+        run.on_batch(*batch(0))
+        assert trained_now(run.model) == ["1.weight", "1.bias"]
+
     def test_batch_norm_statistics_of_frozen_layers_move(self):
         run = train(start([LayerFreezing(0.0)]), 6)
         before = copy.deepcopy(run.model[1].state_dict())

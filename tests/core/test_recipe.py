@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +219,8 @@ def test_yaml_round_trip_of_every_registered_algorithm(
     assert hash(again) == hash(recipe)
     assert again.to_yaml() == recipe.to_yaml()
     for mine, theirs in zip(recipe, again, strict=True):
-        for field in fields(mine):
-            assert type(getattr(mine, field.name)) is type(getattr(theirs, field.name))
+        for f in fields(mine):
+            assert type(getattr(mine, f.name)) is type(getattr(theirs, f.name))
 
 
 def test_every_registered_algorithm_is_in_a_round_trip() -> None:
@@ -300,14 +300,10 @@ def test_a_setting_that_yaml_can_not_hold_is_refused_before_training() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        (
-            "[MixUpp]",
-            LookupError,
-            r"unknown algorithm 'MixUpp'; did you mean 'MixUp'\? Known: AugMix, Ba",
-        ),
+        ("[MixUpp]", LookupError, r"unknown algorithm 'MixUpp'; did you mean 'MixUp'\? Known: Au"),
         ("[mixup]", LookupError, r"unknown algorithm 'mixup'; did you mean 'MixUp'\?"),
         ("[{label_smoothing: {}}]", LookupError, r"did you mean 'LabelSmoothing'\?"),
-        ("[zzz]", LookupError, r"unknown algorithm 'zzz'\. Known: AugMix, Backdrop, BlurPool, "),
+        ("[zzz]", LookupError, r"unknown algorithm 'zzz'\. Known: AugMix, Backdrop, "),
         ("[{5: {}}]", LookupError, r"unknown algorithm 5\. Known: "),
         ("[Algorithm]", LookupError, r"unknown algorithm 'Algorithm'"),
         (
@@ -407,6 +403,23 @@ def test_settings_of_a_wrong_type(settings: dict[str, Any], message: str) -> Non
         Typed(**settings)
     with pytest.raises(TypeError, match=r"Typed: share must be a number"):
         Typed("positional")
+
+
+@dataclass(frozen=True)
+class Ordered(Typed):
+    share: float = field(default=0.5, kw_only=True)
+    scale: InitVar[str] = "1"
+    size: int = 0
+
+    def __post_init__(self, scale: str) -> None:
+        """Take what is no field."""
+
+
+def test_arguments_by_position_need_not_be_fields() -> None:
+    made = Ordered(2, True, "a", None, "b", "3", 4)
+    assert (made.count, made.names, made.share, made.size) == (2, "b", 0.5, 4)
+    with pytest.raises(TypeError, match=r"Ordered: size must be a whole number, got '4'"):
+        Ordered(2, True, "a", None, "b", "3", "4")
 
 
 def test_an_algorithm_needs_a_place() -> None:

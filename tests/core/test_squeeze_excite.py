@@ -9,11 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet50, vit_b_16
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from mosaic_core import NoEffectWarning, Run, UnsupportedError
-from mosaic_core.algorithms import BlurPool, SqueezeExcite, apply_blurpool, apply_squeeze_excite
+from mosaic_core.algorithms import (
+    BlurPool,
+    Factorize,
+    SqueezeExcite,
+    apply_blurpool,
+    apply_squeeze_excite,
+)
 from mosaic_core.algorithms._squeeze_excite import SqueezeExcite2d
 
 
@@ -239,6 +246,10 @@ def groups(model):
     return [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
 
 
+def ids(optimizer):
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 class TestOptimizers:
     @pytest.mark.parametrize("how", ["function", "run", "late start", "several"])
     def test_new_parameters_join_the_group_of_their_convolution(self, how):
@@ -265,6 +276,19 @@ class TestOptimizers:
         conv = model.layer3[0].conv1
         follow = [conv.weight, *conv.squeeze_excite.parameters()]
         assert [at[id(p)] - at[id(conv.weight)] for p in follow] == [0, 1, 2]
+
+    @pytest.mark.parametrize("made_by", ["Factorize", "weight_norm"])
+    def test_beside_a_weight_that_is_made_of_others(self, made_by):
+        model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.Conv2d(3, 8, 1))
+        recipe = [SqueezeExcite()]
+        if made_by == "Factorize":
+            recipe.append(Factorize(min_channels=128))
+        else:
+            weight_norm(model[0])
+        optimizer = torch.optim.SGD(groups(model), lr=0.1)
+        Run(recipe, model=model, optimizer=optimizer)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [5, 2]
+        assert all(id(p) in ids(optimizer) for p in model.parameters())
 
     def test_a_step_trains_and_decays_them(self):
         model = small_resnet()

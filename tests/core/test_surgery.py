@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mosaic_core import NoEffectWarning, Run
 from mosaic_core.algorithms import Backdrop, BlurPool, ChannelsLast
@@ -142,6 +143,16 @@ def test_a_mixin_extends_any_class_and_acts_once(kind: type[nn.Module]) -> None:
     for other in (layer, copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), expected)
         assert type(other) is type(layer)
+
+
+def test_a_class_that_others_made_of_a_swapped_one_stays() -> None:
+    layer = nn.Linear(3, 2)
+    swap_class(layer, Twice)
+    x = torch.randn(4, 3)
+    expected = layer(x)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    swap_class(layer, type("Outer", (Mixin,), {}))
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_mixin_stacks_with_other_swaps() -> None:

@@ -117,7 +117,7 @@ class Belonging(Callback):  # type: ignore[misc]  # fastai has no types
                 forward=self._forward,
             )
             self._made = set(model.parameters()) - before
-            adopt(learn, self._made)
+            adopt(learn, self._made, self.run.new_parameters)
         return self.run
 
     def _forward(self, batch: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mosaic_core import UnsupportedError
+from mosaic_core.adoption import NewParameters
 
 __all__ = ["adopt", "bare", "steps_per_epoch"]
 
@@ -41,7 +42,7 @@ def steps_per_epoch(learn: Any) -> float | None:
     return batches / -(-accumulation[0].n_acc // size) if size else None
 
 
-def adopt(learn: Any, made: Collection[Tensor]) -> None:
+def adopt(learn: Any, made: Collection[Tensor], joining: NewParameters) -> None:
     """Let an optimizer that exists already take over the parameters that surgery made.
 
     They join the group in which the Learner's splitter puts them, and hyper-parameters and the
@@ -50,6 +51,7 @@ def adopt(learn: Any, made: Collection[Tensor]) -> None:
     Args:
         learn: The Learner, whose model was changed.
         made: The parameters that the model did not have before.
+        joining: Where they belong; those of frozen ones are frozen, and may be unfrozen as these.
 
     Raises:
         UnsupportedError: If the splitter groups the others not as the optimizer does.
@@ -59,7 +61,8 @@ def adopt(learn: Any, made: Collection[Tensor]) -> None:
         return
     alive, lists = list(model.parameters()), [set(group) for group in opt.param_lists]
     known = set().union(*lists)
-    new = {p for p in made if p.requires_grad} - known
+    heirs = joining.heirs(known)
+    new = {p for p in made if p.requires_grad or p in heirs} - known
     if not new and known <= set(alive):
         return
     frozen = [p for p in alive if not p.requires_grad]

@@ -28,7 +28,8 @@ def begin(run: Run, learn: Any, resume: dict[str, Any] | None, made: Collection[
         UnsupportedError: If something would not be exact, or the file is of another recipe.
     """
     refuse_on_start(run.recipe, learn, run)
-    adopt(learn, made)  # opt_func may be an optimizer that was made before the Learner
+    # opt_func may be an optimizer that was made before the Learner.
+    adopt(learn, made, run.new_parameters)
     if resume is not None:
         checkpoint.check(run, resume)
         run.reset()

@@ -38,6 +38,8 @@ def start(run: Run, trainer: Any, loader: Any) -> Steps:
     )
     if not _checkpoint.load_run(run, folder) and fresh:  # perhaps from one without mosaic
         run.progress.step, run.progress.epoch = state.global_step, int(state.epoch or 0)
+    # Where the run goes on from an earlier training, which this one's steps come after.
+    run.progress.total_steps = state.max_steps + run.progress.step - state.global_step
     return Steps(run, trainer)
 
 

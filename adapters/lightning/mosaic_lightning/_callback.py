@@ -107,6 +107,8 @@ class MosaicCallback(Callback):
             run.load_state_dict(self._resume)
         elif fresh:  # perhaps from a checkpoint that was written without mosaic
             run.progress.step, run.progress.epoch = trainer.global_step, trainer.current_epoch
+        if run.progress.total_steps is not None:  # of this fit, and of those by other Trainers
+            run.progress.total_steps += max(0, run.progress.step - trainer.global_step)
         self._resume, self._steps = None, trainer.global_step
         for optimizer in trainer.optimizers:
             self._shadows.on_undo(self._stepped.watch(optimizer))
