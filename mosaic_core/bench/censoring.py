@@ -23,6 +23,7 @@ from mosaic_core.bench.statistics import (
 
 __all__ = [
     "Outcome",
+    "Quantity",
     "Speedup",
     "auto_target",
     "per_step_ratio",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Quantity = Literal["seconds", "steps"]
+"""What to compare of two runs."""
 
 
 @dataclass(frozen=True)

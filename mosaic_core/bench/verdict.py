@@ -8,12 +8,7 @@ from typing import Literal
 
 from mosaic_core.bench.accuracy import Accuracy, accuracy
 from mosaic_core.bench.censoring import Outcome, Speedup, per_step_ratio, speedup
-from mosaic_core.bench.statistics import (
-    MOST_SEEDS,
-    Interval,
-    holm,
-    seeds_needed,
-)
+from mosaic_core.bench.statistics import MOST_SEEDS, Interval, holm, seeds_needed
 
 __all__ = ["Finding", "Verdict", "judge", "judge_all"]
 
@@ -66,7 +61,10 @@ class Verdict:
             "less accurate": f"less accurate, {factor} to {self.target}",
             "cannot tell": f"cannot tell, {self._more()}: {factor} to {self.target}",
         }[self.finding]
-        text += f", {self._ends(ratio, '.2f')}" if several else ", no interval"
+        ends = (ratio.low, ratio.high)
+        # As many digits as show on which side of 1 the ends lie; two, if one lies on it.
+        digits = next((d for d in range(2, 7) if 1 not in (round(end, d) for end in ends)), 2)
+        text += f", {self._ends(ratio, f'.{digits}f')}" if several else ", no interval"
         text += f", {seeds}; {self.steps.ratio.estimate:.2f}x in steps, {self._step()}"
         if not self.accuracy.non_inferior:
             text += f"; final metric {gain.estimate:+.3g}"

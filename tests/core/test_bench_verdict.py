@@ -308,6 +308,12 @@ def test_faster() -> None:
     )
 
 
+def test_an_end_near_1_shows_its_side() -> None:
+    assert str(example(1.0327, 0.0)).startswith(
+        "x1.03 faster to 91.0 %, 95 % interval [1.0004, 1.0660], 12 seeds;"
+    )
+
+
 def test_slower_whatever_the_metric() -> None:
     verdict = example(0.9, -0.05)
     assert (verdict.finding, verdict.more_seeds) == ("slower", 0)
@@ -454,16 +460,16 @@ def shares(repeats: int, seed: int, n: int, **options: float | bool | None) -> d
 def test_lognormal_times_of_one_recipe_twice_are_seldom_told_apart() -> None:
     rng = np.random.default_rng(20)
     false = 0
-    for _ in range(500):
+    for _ in range(400):
         a, b = (runs(rng.lognormal(3, 0.1, 12)) for _ in range(2))
         false += judge(a, b, target="91 %", delta=0.005).finding != "cannot tell"
-    assert 0.02 <= false / 500 <= 0.08  # 0.05, and two and a half standard errors or more
+    assert 0.02 <= false / 400 <= 0.08  # 0.05, and at least 2.5 standard errors
 
 
 @pytest.mark.parametrize("n", [5, 12])
 @pytest.mark.parametrize("same_weights", [True, False])
 def test_a_recipe_against_itself_with_half_of_the_runs_missing(n: int, same_weights: bool) -> None:
-    found = shares(200, 21, n, same_weights=same_weights)
+    found = shares(120, 21, n, same_weights=same_weights)
     assert found["cannot tell"] >= 0.9
 
 
@@ -493,11 +499,11 @@ def test_a_low_plateau_reached_in_a_hurry_is_not_faster() -> None:
 def test_holm_keeps_the_rate_of_false_findings_over_five_recipes() -> None:
     rng = np.random.default_rng(27)
     alone = together = 0
-    for _ in range(100):
+    for _ in range(60):
         base = runs(rng.lognormal(3, 0.1, 12))
         recipes = {str(k): runs(rng.lognormal(3, 0.1, 12)) for k in range(5)}
         verdicts = judge_all(base, recipes, target="91 %", delta=0.005).values()
         together += any(v.finding != "cannot tell" for v in verdicts)
         alone += any(v.p_value <= 0.05 for v in verdicts)
-    assert together <= 10
+    assert together <= 8
     assert alone > together
