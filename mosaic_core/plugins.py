@@ -163,8 +163,8 @@ def recipe(text: str) -> "Recipe":
         ValueError: If the text is not of that form, or the file no recipe.
 
     Example:
-        >>> recipe("MixUp+LabelSmoothing+EMA-MixUp")
-        Recipe([LabelSmoothing(smoothing=0.1), EMA()])
+        >>> recipe("MixUp+LabelSmoothing+NoOp-MixUp")
+        Recipe([LabelSmoothing(smoothing=0.1), NoOp()])
     """
     from mosaic_core.recipe import Recipe
 
