@@ -175,3 +175,60 @@ def test_a_changed_resnet_compiles_to_one_graph(algorithm):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
     for a, b in zip(compiled.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+# Forward and backward, on small members of the same families.
+
+
+def small(name):
+    if name == "torchvision ResNet":
+        return vision.ResNet(vision.resnet.Bottleneck, [1, 2, 1, 1], num_classes=5)
+    if name == "torchvision ViT":
+        return vision.VisionTransformer(32, 16, 3, 2, 48, 96, num_classes=5)
+    if name == "timm ResNet":
+        return timm.create_model("resnet26", num_classes=5)
+    if name == "timm ViT":
+        return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5)
+    transformers = pytest.importorskip("transformers")
+    if name == "HF ResNet":
+        sizes = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 128], "depths": [2, 2, 2, 2]}
+        config = transformers.ResNetConfig(**sizes, num_labels=5)
+        return transformers.ResNetForImageClassification(config)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=96, image_size=32, num_labels=5)
+    return transformers.ViTForImageClassification(config)
+
+
+FAMILIES = [
+    f"{library} {kind}" for library in ("torchvision", "timm", "HF") for kind in ("ResNet", "ViT")
+]
+EVERYWHERE = [ChannelsLast(), StochasticDepth(), WeightStandardization()]
+CONVOLUTIONAL = [
+    *EVERYWHERE,
+    BlurPool(),
+    Factorize(min_channels=64),
+    GhostBatchNorm(4),
+    SqueezeExcite(min_channels=64),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_changed_models_train_and_evaluate(name):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        plain = small(name)
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    together = CONVOLUTIONAL if "ResNet" in name else EVERYWHERE
+    for recipe in (*([algorithm] for algorithm in together), together):
+        model = copy.deepcopy(plain)
+        run = Run(recipe, model=model)
+        run.start([torch.optim.SGD(model.parameters(), lr=0.1)], total_steps=10, steps_per_epoch=5)
+        inputs, labels = run.on_batch(x, y)
+        output = model(inputs)
+        F.cross_entropy(getattr(output, "logits", output), labels).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+        model.eval()
+        with torch.no_grad():
+            output = model(x)
+        assert torch.isfinite(getattr(output, "logits", output)).all()
