@@ -29,8 +29,8 @@ def bca_interval(
     ties counted half, and ``a = sum(d^3) / (6 sum(d^2)^1.5)`` from the jackknife,
     ``d = mean(leave-one-out) - leave-one-out``.
 
-    With a dozen values it covers less than it says, about 92 % for 95 %, so :func:`t_interval`
-    decides and this one shows what the skewness does.
+    With few values it covers less than it says, 84 % for 95 % of five and 91 % of twelve, so t
+    decides, and this interval shows what the skewness does.
 
     Args:
         statistic: Reduces the last axis of arrays like the samples, of shape ``(..., n)``.

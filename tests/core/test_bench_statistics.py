@@ -293,4 +293,4 @@ def test_the_intervals_cover_about_as_often_as_they_say() -> None:
         hit["t"] += t.low <= 0.1 <= t.high
         hit["bca"] += bca.low <= 0.1 <= bca.high
     assert hit["t"] / repeats == pytest.approx(0.95, abs=0.02)
-    assert 0.90 <= hit["bca"] / repeats <= 0.96
+    assert hit["bca"] / repeats == pytest.approx(0.91, abs=0.025)  # as its docstring warns

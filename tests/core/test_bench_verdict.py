@@ -308,6 +308,16 @@ def test_faster() -> None:
     )
 
 
+def test_faster_has_the_p_value_of_its_weaker_half() -> None:
+    for ratio in (1.02, 1.032, 1.035, 1.32):
+        for gain in (0.0, -0.002, -0.003, -0.0031, -0.0035):
+            verdict = example(ratio, gain)
+            assert verdict.p_value == max(verdict.seconds.p_value, verdict.accuracy.p_value)
+            assert (verdict.p_value <= 0.05) == (verdict.finding == "faster")
+    slower = example(0.9, -0.004)
+    assert slower.p_value == slower.seconds.p_value < slower.accuracy.p_value
+
+
 def test_an_end_near_1_shows_its_side() -> None:
     assert str(example(1.0327, 0.0)).startswith(
         "x1.03 faster to 91.0 %, 95 % interval [1.0004, 1.0660], 12 seeds;"
