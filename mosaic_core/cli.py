@@ -3,8 +3,6 @@
 Heavy imports stay inside the commands that need them.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import mosaic_core
+from mosaic_core.cli_bench import bench
+from mosaic_core.cli_common import DEFAULT, told, trainer_named, trainer_text
 
 if TYPE_CHECKING:
     from mosaic_core.adapter import Adapter
@@ -28,24 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_bench = typer.Typer(help="Measure what a recipe costs.", no_args_is_help=True)
-app.add_typer(_bench, name="bench")
+app.add_typer(bench, name="bench")
 
-_DEFAULT = "  [default: the preferred one of those installed]"
-_Trainer = Annotated[
-    str | None,
-    typer.Option(
-        "--trainer",
-        help=f"The name of an installed adapter, or torch for a plain loop.{_DEFAULT}",
-        show_default=False,
-    ),
-]
 _TrainerOrAll = Annotated[
     str | None,
     typer.Option(
         "--trainer",
         help="The name of an installed adapter, torch for a plain loop, or all to train one seed"
-        f" with every installed trainer and compare the weights.{_DEFAULT}",
+        f" with every installed trainer and compare the weights.{DEFAULT}",
         show_default=False,
     ),
 ]
@@ -74,21 +64,6 @@ def _root(
     """Training algorithms that plug into the trainer you already use."""
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turn errors that speak to the user into one message and exit code 2."""
-    from mosaic_core.datasets import MissingError
-    from mosaic_core.errors import UnsupportedError
-
-    try:
-        yield
-    except (LookupError, ValueError, OSError, MissingError, UnsupportedError) as error:
-        # str() of a KeyError is the repr of its argument.
-        message = error.args[0] if isinstance(error, LookupError) and error.args else error
-        typer.echo(message, err=True)
-        raise typer.Exit(2) from error
-
-
 # What there is.
 
 
@@ -110,7 +85,7 @@ def list_(
     """List all algorithms: what they need, which trainers deliver it, and where they come from."""
     from mosaic_core import catalog
 
-    with _told():
+    with told():
         if write_readme is not None:
             changed = catalog.write_readme(write_readme)
             typer.echo(f"{write_readme}: {'written' if changed else 'is current'}")
@@ -146,7 +121,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of an algorithm, such as
     from mosaic_core import catalog
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with _told():
+    with told():
         for line in catalog.card(name).splitlines():
             console.print(line, style=None if line.startswith(" ") else "bold")
 
@@ -198,11 +173,11 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where to save the plot.")] = Path("mosaic-demo.png"),
 ) -> None:
     """Train a small ResNet with and without a recipe, on the same seeds, and compare."""
-    with _told():
+    with told():
         from mosaic_core import demo as demo_module
         from mosaic_core import plugins
 
-        adapters = _all_trainers() if trainer == "all" else [_trainer(trainer)]
+        adapters = _all_trainers() if trainer == "all" else [trainer_named(trainer)]
         chosen, composed = plugins.workload(workload), plugins.recipe(recipe)
         for adapter in adapters:
             adapter.check(composed)
@@ -210,7 +185,7 @@ def demo(
         console = Console()
         facts = Table.grid("", "", padding=(0, 2))
         facts.add_row("[bold]workload", f"{chosen.name}: {chosen.title}")
-        facts.add_row("[bold]trainer", ", ".join(map(_trainer_text, adapters)))
+        facts.add_row("[bold]trainer", ", ".join(map(trainer_text, adapters)))
         facts.add_row("[bold]recipe", escape(demo_module.brief(composed)))
         if trainer == "all":
             from mosaic_core import agreement
@@ -244,74 +219,6 @@ def demo(
         console.print(f"Plot: {output}")
 
 
-@_bench.command("overhead")
-def bench_overhead(
-    trainer: _Trainer = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to count for each arm.")] = 2000,
-) -> None:
-    """Measure what an empty recipe costs a step over an empty callback."""
-    with _told():
-        from rich.progress import Progress
-
-        from mosaic_core.bench.overhead import measure
-
-        adapter, console = _trainer(trainer), Console()
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task(adapter.title)
-            arms = measure(
-                adapter.load("overhead"),
-                steps,
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        table = Table("arm", title=f"Overhead with {_trainer_text(adapter)}")
-        for column in ("µs/step", "µs over the empty callback", "quartiles of blocks"):
-            table.add_column(column, justify="right")
-        for arm in arms:
-            over = (f"{arm.over:+.0f}", "{:+.0f} to {:+.0f}".format(*arm.spread))
-            table.add_row(arm.name, f"{arm.step:.0f}", *(over if arm is not arms[0] else ("", "")))
-        console.print(table)
-
-
-@_bench.command("kernels")
-def bench_kernels(
-    blocks: Annotated[int, typer.Option(min=2, help="Blocks to time for each library.")] = 21,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the figures and the environment as JSON.")
-    ] = None,
-) -> None:
-    """Time our functions beside those of other libraries that are installed, in turns."""
-    with _told():
-        from mosaic_core import plugins
-        from mosaic_core.bench import kernels
-        from mosaic_core.doctor import version_of
-
-        console = Console()
-        peers = {
-            adapter.title: adapter.load("kernels")
-            for adapter in plugins.adapters().values()
-            if adapter.kernels is not None and version_of(adapter)
-        }
-        table = Table("task", "on", "library", title="Our time by theirs: below 1, ours is faster")
-        for column in ("µs/call", "ours / theirs", "quartiles of blocks"):
-            table.add_column(column, justify="right")
-        results = []
-        with console.status("") as status:
-            for kernel in kernels.kernels(peers):
-                status.update(f"{kernel.name} on {kernel.on}")
-                arms = kernels.measure(kernel, blocks)
-                results.append((kernel, arms))
-                for arm in arms:
-                    spread = "{:.2f} to {:.2f}".format(*arm.spread)
-                    ratio = (
-                        ("", "") if arm.library == kernels.OURS else (f"{arm.ratio:.2f}", spread)
-                    )
-                    first = (kernel.name, kernel.on) if arm is arms[0] else ("", "")
-                    table.add_row(*first, arm.library, f"{arm.call:.0f}", *ratio)
-        console.print(table)
-        if output is not None:
-            output.write_text(kernels.to_json(results), encoding="utf-8")
-
-
 def _all_trainers() -> "list[Adapter]":
     """Return the adapters of all trainers that are installed."""
     from mosaic_core import plugins
@@ -322,31 +229,3 @@ def _all_trainers() -> "list[Adapter]":
     if not found:
         raise MissingError("mosaic: no trainer with an adapter is installed; see mosaic doctor")
     return found
-
-
-def _trainer(name: str | None) -> "Adapter":
-    """Return the adapter of a trainer that is installed, or the plain loop."""
-    from mosaic_core import plugins
-    from mosaic_core.datasets import MissingError
-    from mosaic_core.doctor import version_of
-    from mosaic_core.errors import nearest
-    from mosaic_core.training import PLAIN
-
-    known = {**plugins.adapters(), PLAIN.name: PLAIN}
-    if name is None:
-        there = (adapter for adapter in known.values() if version_of(adapter))
-        return min(there, key=lambda adapter: adapter.precedence)
-    if name not in known:
-        raise LookupError(f"mosaic: unknown trainer {name!r}{nearest(name, known)}")
-    if version_of(known[name]) is None:
-        raise MissingError(
-            f"mosaic: trainer {name} is not installed; get it with"
-            f" pip install {known[name].trainers[0]}"
-        )
-    return known[name]
-
-
-def _trainer_text(adapter: "Adapter") -> str:
-    from mosaic_core.doctor import version_of
-
-    return f"{adapter.title} ({version_of(adapter)})"
