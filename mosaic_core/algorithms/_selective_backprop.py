@@ -155,7 +155,8 @@ class SelectiveBackprop(Algorithm):
         summary="Drops examples the model already predicts well before they are trained on.",
         effect="In the steps that select: one more forward pass without gradients over the batch,"
         " forward and backward over the share that is kept, and every tensor of the batch with a"
-        " row for each example shrinks alike. Batch-norm statistics move once a step.",
+        " row for each example shrinks alike. Batch-norm statistics move once a step. The first"
+        " micro-batch is tried, so a loss it can't work with is refused at once.",
         use_when="Large data sets with many easy examples, where backward costs more than the"
         " extra forward; a small scale_factor makes that cheaper. Noisy labels are hard examples"
         " too, so do not use it with many of them.",
@@ -196,10 +197,14 @@ class SelectiveBackprop(Algorithm):
     def on_batch(self, batch: Batch, run: "Run") -> Batch:
         """Keep a part of the micro-batch."""
         progress = run.progress
-        if not should_selective_backprop(
+        selects = should_selective_backprop(
             progress.fraction, progress.step, self.start, self.end, self.interrupt
-        ):
+        )
+        first = not (progress.step or progress.micro_batch)
+        if not (selects or first):
             return batch
         small = _scaled("SelectiveBackprop", batch.input, self.scale_factor)
         losses = example_losses(run, small, batch.labels)
+        if not selects:  # it was tried, as what can't be done must not be found in mid-run
+            return batch
         return batch.select(_choose(losses, self.keep, run.seed_for(self)))

@@ -306,8 +306,19 @@ class TestLosses:
         def forward(batch):
             return {"loss": (model(batch[0]) ** 2).mean()}
 
-        with pytest.raises(UnsupportedError, match=r"forward computed no loss that mosaic knows"):
-            make_run([ALWAYS], model, forward=forward).on_batch(*data())
+        for algorithm in (ALWAYS, SelectiveBackprop()):  # which would select from step 5 on
+            with pytest.raises(UnsupportedError, match=r"forward computed no loss that mosaic kn"):
+                make_run([algorithm], model, forward=forward).on_batch(*data())
+
+    def test_it_is_tried_once_before_it_selects(self):
+        model, calls = make_net(), []
+        model.register_forward_hook(lambda *args: calls.append(run.progress.step))
+        run = make_run([SelectiveBackprop(interrupt=0)], model)
+        for _ in range(10):
+            run.on_batch(*data())
+            run.on_batch(*data())
+            run.end_step()
+        assert calls == [0, 5, 5, 6, 6, 7, 7, 8, 8]
 
     def test_targets_that_are_no_classes_are_refused_in_a_loop(self):
         x = data()[0]
