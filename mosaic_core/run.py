@@ -39,6 +39,7 @@ from mosaic_core.target import MixedTarget, unconsumed
 __all__ = ["Run"]
 
 _CARRIERS = ("target", "proxy")
+_CHANGED_BY = "mosaic_changed_by"  # attribute of a model: algorithms by name
 
 
 class Run:
@@ -69,7 +70,8 @@ class Run:
 
     Raises:
         ValueError: If ``carrier`` is neither.
-        UnsupportedError: If the parameters are sharded and no view was given.
+        UnsupportedError: If the parameters are sharded and no view was given, or the model was
+            changed before by an algorithm with other settings.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -126,7 +128,14 @@ class Run:
         self._on_epoch_end = acting("on_epoch_end")
         self._labels = any(a.changes_labels or a.reads_labels for a in self.recipe)
 
+        changed = vars(model).setdefault(_CHANGED_BY, {})
         for algorithm in acting("prepare_model"):
+            before = changed.setdefault(algorithm.name, algorithm)
+            if before != algorithm:
+                raise UnsupportedError(
+                    f"mosaic: the model was changed by {before!r} before, so it can't be changed by"
+                    f" {algorithm!r}; make the model anew"
+                )
             algorithm.prepare_model(model, self)
         if any(self.report.changes.values()):
             accept_sentinel(model)

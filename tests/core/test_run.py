@@ -1032,3 +1032,17 @@ def test_a_lasting_seed_is_the_same_at_every_step():
     assert after[0] == before[0]
     assert len({*before, *after}) == 3
     assert run.seed_for(algorithm, "b", lasting=True) != before[0]
+
+
+def test_a_model_is_not_changed_again_with_other_settings():
+    model = make_net()
+    Run([BlurPool()], model=model)
+    Run([BlurPool()], model=model)  # once more is once
+    Run([MixUp(0.3)], model=model)
+    Run([MixUp(0.4)], model=model)  # which changes no model
+    match = r"changed by BlurPool\(.*\) before, so it can't .*blur_first=False.*make the model anew"
+    with pytest.raises(UnsupportedError, match=match):
+        Run([BlurPool(blur_first=False)], model=model)
+    copied = copy.deepcopy(model)
+    with pytest.raises(UnsupportedError, match=match):
+        Run([BlurPool(blur_first=False)], model=copied)
