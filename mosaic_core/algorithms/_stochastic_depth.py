@@ -109,7 +109,6 @@ class _Depth:
     """How a block is dropped, and what was drawn for this micro-batch.
 
     Attributes:
-        input: Name of the argument that is the input of the block.
         scale: Weight of a branch that is kept.
         skips: Whether a dropped block is left out, rather than computed and weighted by zero.
         dropped: Whether the run drops the whole block; None where the block itself draws.
@@ -265,9 +264,8 @@ class StochasticDepth(Algorithm):
 
     @property
     def _warmup(self) -> Duration:
-        given = self.drop_warmup
-        text = given if isinstance(given, str) else f"{given}dur"
-        return Duration.parse(text, "StochasticDepth: drop_warmup")
+        unit = "" if isinstance(self.drop_warmup, str) else "dur"
+        return Duration.parse(f"{self.drop_warmup}{unit}", "StochasticDepth: drop_warmup")
 
     def prepare_model(self, model: nn.Module, run: "Run") -> None:
         """Change the blocks; in evaluation they stay, so a checkpoint needs no warning."""
