@@ -38,7 +38,8 @@ def residual_blocks(
     """Find the residual blocks that keep the shape of their input.
 
     Every candidate is tried out on small random inputs, in evaluation and on the CPU, wherever the
-    model lies; weights, buffers, modes and global random streams stay.
+    model lies; weights, buffers, modes and global random streams stay. Blocks that write into
+    their input are left out.
 
     Args:
         model: Any model.
@@ -98,20 +99,25 @@ def _try(block: nn.Module) -> Shortcut | Literal[False] | None:
     judged: Literal[False] | None = None
     named = [*block.named_parameters(), *block.named_buffers()]
     neutral = {name: _neutral(name, tensor) for name, tensor in named}
-    first = next(block.parameters(), torch.empty(0))
+    first = next((p for p in block.parameters() if p.numel() > 1), torch.empty(0))
     for width in dict.fromkeys((*first.shape[1:2], *first.shape[:1])):
         for shape in ((2, width, 8, 8), (2, 8, 8, width), (2, 4, width), (2, width, 8), (2, width)):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(shape, generator=generator, device="cpu")
             x = F.layer_norm(x, shape[-1:])  # what a norm at the end of a block keeps
+            written = x._version
             try:
                 output = functional_call(block, neutral, (x,))
             except Exception:  # it takes inputs of another kind
                 continue
-            judged = False
             boxed = isinstance(output, tuple)
             y = output[0] if boxed and output else output
+            if isinstance(y, Tensor) and y.isnan().any():  # a weight that is divided by its norm
+                continue
+            judged = False
             if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+                continue
+            if x._version != written:  # in place: where it is kept, what it was added to is gone
                 continue
             rest = output[1:] if boxed else ()
             beside = None if any(item is not None for item in rest) else rest

@@ -1,5 +1,6 @@
 """StochasticDepth: skip the branches of residual blocks at random in training."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from mosaic_core.parameters import ReplicatedParameters
 from mosaic_core.progress import Duration
 from mosaic_core.random import uniform
 from mosaic_core.residual import Shortcut, no_gradient, residual_blocks
-from mosaic_core.surgery import Mixin, swap_class, warn_no_effect
+from mosaic_core.surgery import Mixin, original_class, swap_class, warn_no_effect
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -95,7 +96,8 @@ def apply_stochastic_depth(
     blocks = residual_blocks(model, target_layer_name)
     for i, (block, shortcut) in enumerate(blocks.values(), start=1):
         rate = drop_rate * (i / len(blocks) if drop_distribution == "linear" else 1)
-        depth = _Depth(stochastic_method, rate, shortcut)
+        _self, *names = inspect.signature(original_class(block).forward).parameters
+        depth = _Depth(stochastic_method, rate, shortcut, names[0] if names else "")
         swap_class(block, _StochasticBlock, mosaic_depth=depth)
     if not blocks:
         where = "" if target_layer_name is None else f" that matches {target_layer_name!r}"
@@ -114,8 +116,8 @@ class _Depth:
             anew at every step.
     """
 
-    def __init__(self, method: Method, rate: float, shortcut: Shortcut) -> None:
-        self.method, self.rate, self.shortcut = method, rate, shortcut
+    def __init__(self, method: Method, rate: float, shortcut: Shortcut, input: str) -> None:
+        self.method, self.rate, self.shortcut, self.input = method, rate, shortcut, input
         self.skips = method == "block" and shortcut.beside is not None
         self.dropped: bool | None = None
         self.seeded = False
@@ -179,7 +181,7 @@ class _StochasticBlock(Mixin):
         if not self.training:
             return super().forward(*args, **kwargs)
         depth = self.mosaic_depth
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs.get(depth.input, next(iter(kwargs.values())))
         if depth.skips and not torch.compiler.is_compiling():
             if depth.drops():
                 return depth.put(None, x + no_gradient(self, x))
@@ -262,9 +264,8 @@ class StochasticDepth(Algorithm):
 
     @property
     def _warmup(self) -> Duration:
-        given = self.drop_warmup
-        text = given if isinstance(given, str) else f"{given}dur"
-        return Duration.parse(text, "StochasticDepth: drop_warmup")
+        unit = "" if isinstance(self.drop_warmup, str) else "dur"
+        return Duration.parse(f"{self.drop_warmup}{unit}", "StochasticDepth: drop_warmup")
 
     def prepare_model(self, model: nn.Module, run: "Run") -> None:
         """Change the blocks; in evaluation they stay, so a checkpoint needs no warning."""

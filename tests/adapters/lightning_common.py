@@ -58,7 +58,7 @@ class Batches:
 
 
 def recipe():
-    return [EMA("10ba"), LabelSmoothing(0.1), MixUp(0.4), BlurPool()]
+    return [EMA("2ba"), LabelSmoothing(0.1), MixUp(0.4), BlurPool()]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from mosaic_hf import MosaicCallback, load_pretrained
 
 
 def recipe():
-    return [EMA("4ba"), LabelSmoothing(0.1), MixUp(0.4), BlurPool(), SAM()]
+    return [EMA("2ba"), LabelSmoothing(0.1), MixUp(0.4), BlurPool(), SAM()]
 
 
 # The loss.

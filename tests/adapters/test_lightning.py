@@ -429,7 +429,7 @@ def test_weights_that_the_module_keeps_out_of_the_file_stay_out(pl, tmp_path):
             del checkpoint["state_dict"]["net.0.weight"]
 
     save = saver(pl, tmp_path, every_n_train_steps=5, save_weights_only=True)
-    callback = MosaicCallback([EMA("10ba")])
+    callback = MosaicCallback([EMA("4ba")])
     trainer(pl, [callback, save], max_steps=5, enable_checkpointing=True).fit(Module(), loader())
     assert "net.0.weight" not in torch.load(tmp_path / "step=5.ckpt")["state_dict"]
 

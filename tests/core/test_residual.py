@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision import models
 
 from mosaic_core.residual import Shortcut, no_gradient, residual_blocks
@@ -20,6 +21,14 @@ class Residual(nn.Module):
     def forward(self, x):
         y = x + self.branch(x)
         return self.form(y if self.end is None else self.end(y))
+
+
+class InPlace(Residual):
+    """One that leaves nothing to fall back on."""
+
+    def forward(self, x):
+        x += self.branch(x)
+        return x
 
 
 def conv():
@@ -152,13 +161,25 @@ class TestWhatIsFound:
             nn.Sequential(nn.LayerNorm(6), nn.Dropout()),
             Residual(nn.Conv2d(4, 8, 3)),
             nn.Conv2d(4, 4, 1),
+            InPlace(linear()),
             nn.Sequential(nn.Identity()),
             nn.Sequential(),
         ],
-        ids=["conv", "silu", "vgg", "norm", "shape", "leaf", "identity", "empty"],
+        ids=["conv", "silu", "vgg", "norm", "shape", "leaf", "in place", "identity", "empty"],
     )
     def test_others_are_not(self, block):
         assert shortcuts(nn.Sequential(block)) == {}
+
+    def test_a_gate_before_the_weights(self):
+        block = Residual(linear())
+        block.gate = nn.Parameter(torch.zeros(1))
+        assert next(block.parameters()) is block.gate
+        assert shortcuts(nn.Sequential(block)) == {"0": BARE}
+
+    def test_weights_that_are_divided_by_their_norm_are_trusted_by_name(self):
+        model = nn.Sequential(Residual(weight_norm(nn.Linear(6, 6))))
+        assert shortcuts(model) == {}
+        assert shortcuts(model, "0") == {"0": Shortcut(False, False, None)}
 
     def test_the_innermost_of_nested_blocks(self):
         model = nn.Sequential(nn.Sequential(Residual(conv()), Residual(conv())))

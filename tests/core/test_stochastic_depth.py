@@ -306,6 +306,18 @@ class TestSkipping:
         apply_stochastic_depth(model, drop_rate=1.0)
         assert torch.equal(model[0](x=x), x)
 
+    def test_an_input_by_name_behind_others(self):
+        class Masked(Block):
+            def forward(self, x, mask=None):
+                return x + self.branch(x) * mask
+
+        model = nn.ModuleList([Masked(), Masked()])
+        for _ in range(2):  # a second application sees the class of the first
+            with torch.no_grad():
+                apply_stochastic_depth(model, "Masked", drop_rate=1.0)
+        x = draw(2, 6)
+        assert torch.equal(model[0](mask=torch.zeros(2, 1), x=x), x)
+
     def test_the_next_block_may_work_in_place(self):
         model = nn.Sequential(Block(), nn.ReLU(inplace=True))
         apply_stochastic_depth(model, drop_rate=1.0)
