@@ -92,9 +92,9 @@ def _read_rdb(path: Path) -> list[str]:
         at += 8
         lines = []
         for _ in range(count):
-            size = struct.unpack_from(">4xi", data, at)[0]
-            at += 8 + max(0, size)  # a missing value has size -1
-            lines.append(data[at - max(0, size) : at].decode())
+            size = max(0, struct.unpack_from(">4xi", data, at)[0])  # a missing value has -1
+            lines.append(struct.unpack_from(f"{size}s", data, at + 8)[0].decode())
+            at += 8 + size
     except (zlib.error, struct.error, ValueError) as error:
         raise ValueError(
             f"mosaic: {path} must begin with a character vector of R, compressed with zlib,"

@@ -24,13 +24,11 @@ def nothing_installed(tmp_path, monkeypatch):
 class Python2Pickler(pickle._Pickler):
     """Writes byte strings as Python 2 does, which is how CIFAR-10 was written."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
-
     def save_bytes(self, value):
         self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
         self.memoize(value)
 
-    dispatch[bytes] = save_bytes
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # noqa: RUF012  # as the base has it
 
 
 def python2_pickle(value):
@@ -136,7 +134,9 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch, place):
     with pytest.raises(MissingError, match=r"could not be downloaded \(mirror down\); get it with"):
         load(tmp_path / "data")
     assert not (tmp_path / "data").exists()
-    fake_torchvision(monkeypatch, lambda folder: (datasets.Path(folder) / place).mkdir(parents=True))
+    fake_torchvision(
+        monkeypatch, lambda folder: (datasets.Path(folder) / place).mkdir(parents=True)
+    )
     with pytest.raises(MissingError, match="is not whole; get it with"):
         load(tmp_path / "data")
 

@@ -108,6 +108,8 @@ def test_a_text_that_will_not_do_is_refused(tmp_path):
 
 
 def test_a_missing_text_is_told_in_a_line(tmp_path):
-    with pytest.raises(MissingError, match=r"apt install r-cran-janeaustenr .*--data-dir") as caught:
+    with pytest.raises(
+        MissingError, match=r"apt install r-cran-janeaustenr .*--data-dir"
+    ) as caught:
         characters(tmp_path)
     assert "\n" not in str(caught.value)
