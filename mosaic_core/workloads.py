@@ -39,7 +39,7 @@ class Workload:
         learning_rate: Peak of a one-cycle schedule over the whole run.
         momentum: Of SGD with Nesterov's momentum, or the first beta of AdamW.
         weight_decay: Of all parameters.
-        adam: Whether AdamW is the optimizer, as transformers need it, instead of SGD.
+        adam: Whether the optimizer is AdamW, as a transformer needs it, instead of SGD.
         threads: CPU threads that pay; None leaves the choice to torch.
     """
 
