@@ -152,7 +152,11 @@ def doctor() -> None:
 def demo(
     trainer: _TrainerOrAll = None,
     workload: Annotated[
-        str, typer.Option(help="digits (seconds) or fashion-mnist (minutes), or a plugin's.")
+        str,
+        typer.Option(
+            help="digits (seconds), fashion-mnist, fashion-mnist-vit, char-lm (minutes), cifar10"
+            " (half an hour on a CPU), or a plugin's, such as reuters-r8."
+        ),
     ] = "digits",
     recipe: Annotated[
         str,
@@ -172,7 +176,7 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Where to save the plot.")] = Path("mosaic-demo.png"),
 ) -> None:
-    """Train a small ResNet with and without a recipe, on the same seeds, and compare."""
+    """Train a workload with and without a recipe, on the same seeds, and compare."""
     with told():
         from mosaic_core import demo as demo_module
         from mosaic_core import plugins

@@ -225,7 +225,7 @@ def _accuracy(model: nn.Module, loader: Iterable[Any], device: torch.device) -> 
     right = count = 0
     for input, target in loader:
         right += int((model(input.to(device)).argmax(1) == target.to(device)).sum())
-        count += len(target)
+        count += target.numel()
     return right / count
 
 

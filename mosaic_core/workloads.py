@@ -4,10 +4,11 @@ A workload says what is trained, not how: :mod:`mosaic_core.training` trains it 
 and every adapter with its trainer, on the same data in the same order from the same weights.
 """
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from mosaic_core import algorithms
-from mosaic_core.datasets import Data, digits, fashion_mnist
+from mosaic_core.datasets import Data, cifar10, digits, fashion_mnist
+from mosaic_core.models import GPT, ResNet, ViT
 from mosaic_core.random import generator
+from mosaic_core.texts import LENGTH, TOKENS, characters
 
-__all__ = ["DEMO_RECIPE", "WORKLOADS", "ResNet", "Shuffle", "Workload"]
+__all__ = ["DEMO_RECIPE", "WORKLOADS", "Shuffle", "Workload"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Workload:
         epochs: Length of a run.
         seeds: Runs that a comparison averages over, unless told otherwise.
         learning_rate: Peak of a one-cycle schedule over the whole run.
-        momentum: Of SGD with Nesterov's momentum.
+        momentum: Of SGD with Nesterov's momentum, or the first beta of AdamW.
         weight_decay: Of all parameters.
+        adam: Whether the optimizer is AdamW, as a transformer needs it, instead of SGD.
         threads: CPU threads that pay; None leaves the choice to torch.
     """
 
@@ -49,6 +53,7 @@ class Workload:
     learning_rate: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    adam: bool = False
     threads: int | None = None
 
     def new_model(self, seed: int) -> nn.Module:
@@ -77,13 +82,14 @@ class Workload:
             model: The model, after surgery.
             total_steps: Optimizer steps of the whole run.
         """
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=True,
-        )
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if self.adam:
+            betas = (self.momentum, 0.98)
+            optimizer = torch.optim.AdamW(model.parameters(), betas=betas, **options)
+        else:
+            options.update(momentum=self.momentum, nesterov=True)
+            optimizer = torch.optim.SGD(model.parameters(), **options)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.learning_rate, total_steps=total_steps, cycle_momentum=False
         )
@@ -120,55 +126,6 @@ class Shuffle(Sampler[int]):
         return iter(order.tolist())
 
 
-# Models.
-
-
-class ResNet(nn.Sequential):
-    """A small residual network that halves the image with each stage after the first.
-
-    Args:
-        channels: Channels of the images.
-        classes: Number of classes.
-        widths: Channels of each stage.
-    """
-
-    def __init__(
-        self, channels: int = 1, classes: int = 10, widths: tuple[int, ...] = (16, 32, 64)
-    ) -> None:
-        stages = [_Block(widths[0], widths[0], stride=1)]
-        stages += [_Block(n, m, 2) for n, m in itertools.pairwise(widths)]
-        super().__init__(
-            _convolution(channels, widths[0], 3, 1),
-            nn.ReLU(),
-            *stages,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(widths[-1], classes),
-        )
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _convolution(inputs, outputs, 3, stride),
-            nn.ReLU(),
-            _convolution(outputs, outputs, 3, 1),
-        )
-        same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else _convolution(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-
-
 # What is shipped.
 
 WORKLOADS = (
@@ -192,6 +149,40 @@ WORKLOADS = (
         epochs=5,
         seeds=1,
         learning_rate=0.1,
+    ),
+    Workload(
+        name="fashion-mnist-vit",
+        title="the same pictures of clothes for a small vision transformer",
+        load=fashion_mnist,
+        model=ViT,
+        batch_size=128,
+        epochs=5,
+        seeds=1,
+        learning_rate=3e-3,
+        weight_decay=0.05,
+        adam=True,
+    ),
+    Workload(
+        name="cifar10",
+        title="50,000 colour pictures of 32x32 pixels, 10,000 to evaluate",
+        load=cifar10,
+        model=functools.partial(ResNet, channels=3, widths=(32, 64, 128)),
+        batch_size=128,
+        epochs=10,
+        seeds=1,
+        learning_rate=0.1,
+    ),
+    Workload(
+        name="char-lm",
+        title="the next character of a text, Jane Austen's Emma, for a small GPT",
+        load=characters,
+        model=functools.partial(GPT, tokens=TOKENS, length=LENGTH),
+        batch_size=32,
+        epochs=5,
+        seeds=1,
+        learning_rate=3e-3,
+        weight_decay=0.05,
+        adam=True,
     ),
 )
 

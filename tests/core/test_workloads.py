@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from mosaic_core import Recipe, agreement, datasets, plugins
+from mosaic_core.algorithms import EMA, LabelSmoothing
 from mosaic_core.training import PLAIN
 from mosaic_core.workloads import DEMO_RECIPE
 
@@ -34,6 +35,73 @@ def test_order_and_weights_depend_on_the_seed_alone():
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Return a folder with a text whose next character is often easy to tell."""
+    (tmp_path / "char-lm.txt").write_text("It is a truth universally acknowledged. " * 400)
+    return tmp_path
+
+
+def few(workload, data):
+    """Return a workload of four small steps an epoch, on the first examples of some data."""
+    part = datasets.Data(*(t[:64] for t in vars(data).values()))
+    return dataclasses.replace(workload, batch_size=16, load=lambda data_dir: part)
+
+
+def images(*shape):
+    """Return data in which the brightness of a picture tells its class."""
+    torch.manual_seed(0)
+    labels = torch.randint(10, (64,))
+    inputs = torch.randn(64, *shape) + (labels - 4.5).view(-1, 1, 1, 1)
+    return datasets.Data(inputs, labels, inputs, labels)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist-vit", "cifar10", "char-lm"])
+def test_a_shipped_model_learns_its_task(name, text):
+    workload = plugins.workload(name)
+    shapes = {"fashion-mnist-vit": (1, 28, 28), "cifar10": (3, 32, 32)}
+    data = workload.load(text) if name == "char-lm" else images(*shapes[name])
+    workload = few(workload, data)
+    loader, _ = workload.loaders(workload.load(None), seed=0)
+    x, y = next(iter(loader))
+    fresh = workload.new_model(0)
+    before = workload.loss(fresh(x), y).item()
+    history = PLAIN.load("trainer")(workload, (), epochs=3)
+    assert history.weights.keys() == dict(fresh.named_parameters()).keys()
+    trained = workload.new_model(1)
+    trained.load_state_dict(history.weights, strict=False)
+    assert workload.loss(trained(x), y).item() < before - 0.1
+    assert 0.11 < history.final_accuracy <= 1
+    again = PLAIN.load("trainer")(workload, (), epochs=3)
+    assert all(torch.equal(again.weights[n], w) for n, w in history.weights.items())
+
+
+def test_the_accuracy_of_a_language_model_is_that_of_its_characters(text):
+    workload = few(plugins.workload("char-lm"), plugins.workload("char-lm").load(text))
+    history = PLAIN.load("trainer")(workload, (), epochs=1)
+    model = workload.new_model(1)
+    model.load_state_dict(history.weights)
+    data = workload.load(None)
+    right = model(data.eval_inputs).argmax(1) == data.eval_labels
+    assert history.final_accuracy == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_adam_is_the_optimizer_of_transformers_alone():
+    model = torch.nn.Linear(2, 2)
+    for name, kind in (("digits", torch.optim.SGD), ("char-lm", torch.optim.AdamW)):
+        workload = plugins.workload(name)
+        optimizer, schedule = workload.optimizer(model, total_steps=10)
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0]["weight_decay"] == workload.weight_decay
+        lrs = []
+        for _ in range(10):
+            lrs.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert max(lrs) == pytest.approx(workload.learning_rate)
+        assert lrs[-1] < 1e-3 * workload.learning_rate
 
 
 def test_idx_files_are_read(tmp_path):
@@ -67,6 +135,20 @@ def test_every_trainer_ends_with_the_same_weights():
     agreement.show(found, console)
     assert all(adapter.title in output.getvalue() for adapter in adapters)
     assert "Largest relative difference" in output.getvalue()
+
+
+@pytest.mark.slow
+def test_every_trainer_trains_a_language_model_alike(text):
+    adapters = list(plugins.adapters().values())
+    options = {"seed": 0, "epochs": 1, "data_dir": text, "console": Console(file=StringIO())}
+    recipe = Recipe([LabelSmoothing(smoothing=0.1), EMA("2ba")])
+    found = agreement.train_all(adapters, plugins.workload("char-lm"), recipe, **options)
+    for arm in agreement.ARMS:
+        plain = found.histories[PLAIN.title][arm]
+        for title, arms in found.histories.items():
+            assert agreement.distance(arms[arm].weights, plain.weights) <= 1e-5, (title, arm)
+            accuracies = [e.accuracy for e in arms[arm].evaluations]
+            assert accuracies == pytest.approx([e.accuracy for e in plain.evaluations], abs=2e-3)
 
 
 def test_distance_is_relative_and_of_the_same_names():

@@ -69,7 +69,7 @@ def train(
                 for x, y in evaluation_loader:
                     x, y = x.to(engine.device), y.to(engine.device)
                     right += int((engine(x).argmax(1) == y).sum())
-                    count += len(y)
+                    count += y.numel()
             recorder.evaluated(epoch, right / count)
         engine.mosaic.detach()
     return recorder.history(model)

@@ -1,8 +1,18 @@
 """What the adapter tells of itself; importing this imports no trainer."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from mosaic_core.adapter import Adapter, Mode
 from mosaic_core.algorithm import Need
 from mosaic_core.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mosaic_core.datasets import Data
+    from mosaic_core.workloads import Workload
 
 # ZeRO gives the optimizer flat partitions, in which its groups can't be told apart.
 _ZERO = frozenset({Need.OPTIMIZER})
@@ -44,3 +54,36 @@ def mosaic_adapter() -> Adapter:
             ),
         ),
     )
+
+
+@hookimpl
+def mosaic_workloads() -> "Sequence[Workload]":
+    """Return the workload that fine-tunes a transformer."""
+    from mosaic_core.workloads import Workload
+
+    return [
+        Workload(
+            name="reuters-r8",
+            title="5,485 news stories of 8 topics with a pretrained transformer, 2,189 to evaluate",
+            load=_reuters,
+            model=_classifier,
+            batch_size=32,
+            epochs=2,
+            seeds=1,
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            adam=True,
+        )
+    ]
+
+
+def _reuters(data_dir: Path | None) -> "Data":
+    from mosaic_hf._reuters import load
+
+    return load(data_dir)
+
+
+def _classifier() -> "nn.Module":
+    from mosaic_hf._reuters import Classifier
+
+    return Classifier()
