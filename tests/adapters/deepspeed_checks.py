@@ -7,10 +7,8 @@ check here is a function; the process writes which of them failed, and how.
 import csv
 import dataclasses
 import itertools
-import json
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed_common import DeepSpeedSession, Net, config, environment, gathered
+from launched import main
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -994,29 +993,6 @@ def batches_of_any_structure_are_moved():
     assert len(list(itertools.islice(engine_of([]).mosaic.loader(loader), 1))) == 1
 
 
-def main(answer, only=()):
-    environment()
-    torch.set_num_threads(1)
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
-    checks = ONE if torch.distributed.get_world_size() == 1 else TWO
-    ran, failed = [], {}
-    for name, function in checks.items():
-        if only and name not in only:
-            continue
-        ran.append(name)
-        try:
-            function()
-        except BaseException:
-            failed[name] = traceback.format_exc()
-            if torch.distributed.get_world_size() > 1:  # the other rank may be waiting
-                print(failed[name], file=sys.stderr, flush=True)
-                break
-    rank = torch.distributed.get_rank()
-    Path(f"{answer}.{rank}").write_text(json.dumps({"ran": ran, "failed": failed}))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    environment()
+    main(ONE, TWO, sys.argv[1], sys.argv[2:])

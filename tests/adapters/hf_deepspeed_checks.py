@@ -6,10 +6,8 @@ process writes which of them failed, and how.
 
 import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 import transformers as hf
 from deepspeed_common import environment, gathered
 from hf_common import Data, clone, difference, make, trainer
+from launched import main
 from safetensors.torch import load_file
 
 from mosaic_core import Algorithm, Place, UnsupportedError
@@ -437,29 +436,6 @@ def without_its_adapter_the_package_to_install_is_named():
         sys.modules["mosaic_deepspeed"] = mosaic_deepspeed
 
 
-def main(answer, only=()):
-    environment()
-    torch.set_num_threads(1)
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
-    checks = ONE if torch.distributed.get_world_size() == 1 else TWO
-    ran, failed = [], {}
-    for name, function in checks.items():
-        if only and name not in only:
-            continue
-        ran.append(name)
-        try:
-            function()
-        except BaseException:
-            failed[name] = traceback.format_exc()
-            if torch.distributed.get_world_size() > 1:  # the other rank may be waiting
-                print(failed[name], file=sys.stderr, flush=True)
-                break
-    rank = torch.distributed.get_rank()
-    Path(f"{answer}.{rank}").write_text(json.dumps({"ran": ran, "failed": failed}))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    environment()
+    main(ONE, TWO, sys.argv[1], sys.argv[2:])
