@@ -194,8 +194,9 @@ class Backdrop(Algorithm):
         effect="One small mask for each placed layer; forward, evaluation and checkpoints stay.",
         use_when="Few examples made of many parts (large images, hierarchies of scales), and losses"
         " that do not decompose over examples.",
-        interactions="Placed layers must return one tensor. Batch norm behind a placed layer still"
-        " sees the whole batch.",
+        interactions="Placed layers must return one tensor, and no operation in place may follow,"
+        " such as ReLU(inplace=True), which torch refuses: place it behind that. Batch norm behind"
+        " a placed layer still sees the whole batch.",
         reference="Golkar and Cranmer 2018",
         url="https://arxiv.org/abs/1806.01337",
     )
