@@ -70,7 +70,7 @@ SHADOWED = {"fit", "save", "load"}
 
 
 def recipe():
-    return [BlurPool(), MixUp(0.4), LabelSmoothing(), EMA("4ba")]
+    return [BlurPool(), MixUp(0.4), LabelSmoothing(), EMA("2ba")]
 
 
 def mosaic(algorithms=None):
@@ -254,7 +254,7 @@ def fine_tuned(path, callback):
 
 def test_fine_tune(tmp_path):
     _, bare = fine_tuned(tmp_path, None)
-    learn, averaging = fine_tuned(tmp_path, mosaic([EMA("4ba")]))
+    learn, averaging = fine_tuned(tmp_path, mosaic([EMA("2ba")]))
     for ours, expected in zip(averaging, bare, strict=True):  # averaging does not touch training
         assert difference(ours, expected) == 0
     assert learn.mosaic.run.progress.step == 9
@@ -573,7 +573,7 @@ def test_what_is_cancelled_leaves_the_run_alone(tmp_path, where, error):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.filterwarnings("ignore:.*more than one.*")
 def test_evaluation_is_that_of_a_bare_learner(tmp_path, trained):
-    learn = learner(tmp_path, mosaic([MixUp(), EMA("4ba"), SAM()]), dls=typed_dataloaders())
+    learn = learner(tmp_path, mosaic([MixUp(), EMA("2ba"), SAM()]), dls=typed_dataloaders())
     bare = learner(tmp_path, dls=typed_dataloaders())
     if trained:
         learn.fit(1)
@@ -647,11 +647,11 @@ def test_recomputed_batchnorm(tmp_path):
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_a_second_fit_goes_on_from_the_training_weights(tmp_path, late):
-    callback = mosaic([EMA("4ba"), MixUp()])
+    callback = mosaic([EMA("2ba"), MixUp()])
     learn = learner(tmp_path, None if late else callback, opt_func=SGD, loss_func=cross_entropy)
     for _ in range(2):
         learn.fit(1, cbs=callback if late else None)
-    assert_same(callback.run, by_hand([EMA("4ba"), MixUp()], SGD))
+    assert_same(callback.run, by_hand([EMA("2ba"), MixUp()], SGD))
 
 
 # Files.
@@ -688,7 +688,7 @@ def test_a_file_without_the_optimizer_begins_a_new_run(tmp_path):
 
 
 def test_weights_of_a_file_win_over_the_ones_of_the_last_fit(tmp_path):
-    learn = learner(tmp_path, mosaic([EMA("4ba")]))
+    learn = learner(tmp_path, mosaic([EMA("2ba")]))
     learn.save("begin", with_opt=False)
     learn.fit(1)
     expected = both(learn.mosaic.run)
@@ -699,7 +699,7 @@ def test_weights_of_a_file_win_over_the_ones_of_the_last_fit(tmp_path):
 
 
 def test_a_bare_learner_loads_the_averaged_weights(tmp_path):
-    learn = learner(tmp_path, mosaic([EMA("4ba"), MixUp()]), opt_func=Adam)
+    learn = learner(tmp_path, mosaic([EMA("2ba"), MixUp()]), opt_func=Adam)
     learn.fit(1)
     learn.save("averaged")
     bare = learner(tmp_path, opt_func=Adam)
@@ -819,7 +819,7 @@ def test_fastais_mixing_is_refused(tmp_path, own):
     refused(tmp_path, f"MixUp can't be combined with fastai's callback {own.__name__}", fit=own())
     match = rf"LabelSmoothing changes labels.*{own.__name__} replaces the loss"
     refused(tmp_path, match, cbs=mosaic([LabelSmoothing()]), fit=own())
-    learn = learner(tmp_path, mosaic([EMA("4ba")]))
+    learn = learner(tmp_path, mosaic([EMA("2ba")]))
     learn.fit(1, cbs=FastaiMixUp())  # where we leave labels alone
     assert learn.mosaic.run.progress.step == 10
 
@@ -891,7 +891,7 @@ def test_two_targets_are_refused(tmp_path):
     loaders.n_inp = 1
     match = "needs one target that the loss compares, and the batch has 2"
     refused(tmp_path, match, dls=loaders, loss_func=loss)
-    learn = learner(tmp_path, mosaic([SAM(), EMA("4ba")]), dls=loaders, loss_func=loss)
+    learn = learner(tmp_path, mosaic([SAM(), EMA("2ba")]), dls=loaders, loss_func=loss)
     learn.fit(1)
     assert learn.mosaic.run.progress.step == 10
 
@@ -1000,7 +1000,7 @@ def test_a_file_saved_in_the_middle_of_an_epoch_holds_the_averaged_weights(tmp_p
                 assert difference(state(self.model), raw[0]) == 0
 
     raw = []
-    learn = learner(tmp_path, mosaic([EMA("4ba")]))
+    learn = learner(tmp_path, mosaic([EMA("2ba")]))
     learn.fit(1, cbs=InTheMiddle())
     saved = torch.load(tmp_path / "models/middle.pth")
     weights = saved["opt"]["mosaic"]["training_weights"]
@@ -1009,7 +1009,7 @@ def test_a_file_saved_in_the_middle_of_an_epoch_holds_the_averaged_weights(tmp_p
 
 
 def test_weights_put_into_the_model_begin_a_new_run(tmp_path):
-    learn = learner(tmp_path, mosaic([EMA("4ba")]))
+    learn = learner(tmp_path, mosaic([EMA("2ba")]))
     learn.fit(1)
     learn.model.load_state_dict(network().state_dict())
     learn.fit(1)
