@@ -184,7 +184,8 @@ def show(agreement: Agreement, console: Console) -> None:
     console.print("Largest relative difference of a weight tensor between any two trainers:")
     for arm in ARMS:
         apart, a, b = agreement.apart(arm)
-        console.print(f"  {arm}: {_scientific(apart)} ({a} and {b})", highlight=False)
+        who = f" ({a} and {b})" if apart else ""
+        console.print(f"  {arm}: {_scientific(apart)}{who}", highlight=False)
 
 
 def _scientific(value: float) -> str:
