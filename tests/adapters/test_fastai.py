@@ -58,7 +58,15 @@ from torch import nn
 
 from mosaic_core import Need, Run
 from mosaic_core.algorithm import Algorithm, Place
-from mosaic_core.algorithms import EMA, SAM, BlurPool, Factorize, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    BlurPool,
+    Factorize,
+    LabelSmoothing,
+    MixUp,
+    SelectiveBackprop,
+)
 from mosaic_core.mixture import Mixture
 from mosaic_core.target import MixedTarget
 from mosaic_core.testing._network import network
@@ -67,6 +75,10 @@ from mosaic_fastai import MosaicCallback
 # Of fastai's load_model, which names a module of NumPy by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
 SHADOWED = {"fit", "save", "load"}
+
+
+def type_of(item):
+    return type(item).__name__
 
 
 def recipe():
@@ -1076,3 +1088,20 @@ def test_removed_for_good_in_the_middle_of_an_epoch(tmp_path):
     assert learn.loss_func is loss
     assert callback.run.progress.step == 5
     assert not callback.run.in_evaluation
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyLossFlat(), nn.CrossEntropyLoss()], ids=type_of)
+def test_examples_are_chosen_by_the_learners_own_loss(tmp_path, loss):
+    """A Flat loss takes its label alone, others the label that carries the mixture."""
+    algorithms = [SelectiveBackprop(0.0, 1.0, interrupt=3), MixUp(), EMA("2ba")]
+    callback = mosaic(algorithms)
+    learn = learner(tmp_path, callback, loss_func=loss, opt_func=SGD)
+    learn.fit(2)
+    assert_same(callback.run, by_hand(algorithms, SGD))
+
+
+def test_windows_that_count_examples_are_refused_beside_selection(tmp_path):
+    cbs = [mosaic([SelectiveBackprop()]), GradientAccumulation(16)]
+    refused(
+        tmp_path, "SelectiveBackprop drops examples, and fastai's GradientAccumulation", cbs=cbs
+    )
