@@ -5,8 +5,8 @@ and every adapter with its trainer, on the same data in the same order from the 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Workload:
         weight_decay: Of all parameters.
         adam: Whether the optimizer is AdamW, as a transformer needs it, instead of SGD.
         threads: CPU threads that pay; None leaves the choice to torch.
+        ranges: Lowest and highest value of settings that tuning tries, by name; the learning rate
+            is among them even if it is not given.
     """
 
     name: str
@@ -55,6 +57,19 @@ class Workload:
     weight_decay: float = 5e-4
     adam: bool = False
     threads: int | None = None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a run beside its data and model, by name."""
+        names = ("batch_size", "learning_rate", "momentum", "weight_decay", "adam", "threads")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def search_space(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of what tuning tries, the learning rate always among it."""
+        rate = self.learning_rate
+        return {"learning_rate": (rate / 5, rate * 5), **self.ranges}
 
     def new_model(self, seed: int) -> nn.Module:
         """Return a model whose weights depend on the seed alone; no global stream is moved."""

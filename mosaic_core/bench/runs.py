@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from mosaic_core.recipe import Recipe
-from mosaic_core.training import Evaluation, History, Train, Update
+from mosaic_core.training import Evaluation, History
 from mosaic_core.workloads import Workload
 
-__all__ = ["SCHEMA", "Job", "Record", "Store", "environment", "execute"]
+__all__ = ["SCHEMA", "Job", "Record", "Runner", "Store", "complete", "environment"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the files; a file of another version is not read."""
 
 
@@ -32,8 +32,9 @@ class Job:
         trainer: Name of the adapter, or ``torch``.
         recipe: The recipe as YAML.
         seed: Seed of weights, data order and algorithms.
-        epochs: Length of the run.
-        learning_rate: Peak learning rate of its schedule.
+        epochs: Length of the run; the schedule decays over all of it.
+        settings: Those of the workload, such as the learning rate, by name.
+        replica: Tells runs apart that are alike in all of this, as a control compares them.
     """
 
     workload: str
@@ -41,7 +42,8 @@ class Job:
     recipe: str
     seed: int
     epochs: int
-    learning_rate: float
+    settings: Mapping[str, Any]
+    replica: int = 0
 
     @property
     def file(self) -> str:
@@ -51,6 +53,10 @@ class Job:
         names = "+".join(a.name for a in Recipe.from_yaml(self.recipe)) or "none"
         return f"{names[:80]}-seed{self.seed}-{digest}.json"
 
+    def of(self, workload: Workload) -> Workload:
+        """Return the workload with the settings of this run."""
+        return dataclasses.replace(workload, **self.settings)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -58,20 +64,53 @@ class Record:
 
     Attributes:
         job: The run.
-        evaluations: One after each epoch.
+        evaluations: In the order of the steps.
         ms_per_step: Median time of a step, in milliseconds.
+        memory: Bytes that its tensors take at most, in a training of three steps.
+        phases: Median time of each phase of a step, in milliseconds, in a short training.
+        turns: Files of the runs that it took turns with, itself included: these saw the same
+            machine. Empty if it ran alone.
         environment: Date, machine and versions.
     """
 
     job: Job
     evaluations: tuple[Evaluation, ...]
     ms_per_step: float
+    memory: int
+    phases: Mapping[str, float]
+    turns: tuple[str, ...]
     environment: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        history: History,
+        *,
+        memory: int = 0,
+        phases: Mapping[str, float] | None = None,
+        turns: Sequence[str] = (),
+    ) -> "Record":
+        """Make the record of a training that has just ended here."""
+        return cls(
+            job,
+            history.evaluations,
+            history.ms_per_step,
+            memory,
+            phases or {},
+            tuple(turns),
+            environment(),
+        )
 
     @property
     def final_accuracy(self) -> float:
         """Accuracy of the weights that training leaves."""
         return self.evaluations[-1].accuracy
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole training."""
+        return self.evaluations[-1].seconds
 
     def to_json(self) -> str:
         """Write it as JSON."""
@@ -89,7 +128,8 @@ class Record:
             if data.pop("schema") != SCHEMA:
                 raise ValueError(f"mosaic: the record of a run must have schema {SCHEMA}")
             evaluations = tuple(Evaluation(**e) for e in data.pop("evaluations"))
-            return cls(Job(**data.pop("job")), evaluations, **data)
+            turns = tuple(data.pop("turns"))
+            return cls(Job(**data.pop("job")), evaluations, turns=turns, **data)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"mosaic: not the record of a run: {error}") from error
 
@@ -139,48 +179,26 @@ class Store:
             scratch.unlink(missing_ok=True)
 
 
-def execute(
-    jobs: Iterable[Job],
-    train: Train,
-    workload: Workload,
-    store: Store,
-    *,
-    data_dir: Path | None = None,
-    report: Callable[[Job, Update], None] | None = None,
-) -> Iterator[Record]:
-    """Yield the records of some runs in their order, doing those that were not done yet.
+Runner = Callable[[Sequence[Job]], Iterator[Record]]
+"""Does some runs that belong together and yields the record of each when it has ended."""
+
+
+def complete(jobs: Sequence[Job], runner: Runner, store: Store) -> list[Record]:
+    """Return the records of runs that belong together, doing those that were not done yet.
 
     Args:
-        jobs: The runs.
-        train: Trains the workload with some trainer.
-        workload: What is trained; a job sets its learning rate.
-        store: Where the records are.
-        data_dir: Folder to look for the data first.
-        report: Called after every step and evaluation of a run that is done now.
+        jobs: The runs, no two alike.
+        runner: Does those that are missing.
+        store: Where the records are; each is put there when its run has ended.
     """
-    store.tidy()
-    for job in jobs:
-        record = store.load(job)
-        if record is None:
-            history = train(
-                dataclasses.replace(workload, learning_rate=job.learning_rate),
-                Recipe.from_yaml(job.recipe),
-                seed=job.seed,
-                epochs=job.epochs,
-                data_dir=data_dir,
-                report=None if report is None else _bound(report, job),
-            )
-            record = _record(job, history)
+    found = {job.file: store.load(job) for job in jobs}
+    missing = [job for job in jobs if found[job.file] is None]
+    if missing:
+        store.tidy()
+        for record in runner(missing):
             store.save(record)
-        yield record
-
-
-def _bound(report: Callable[[Job, Update], None], job: Job) -> Callable[[Update], None]:
-    return lambda update: report(job, update)
-
-
-def _record(job: Job, history: History) -> Record:
-    return Record(job, history.evaluations, history.ms_per_step, environment())
+            found[record.job.file] = record
+    return [record for record in found.values() if record is not None]
 
 
 def environment() -> dict[str, Any]:
