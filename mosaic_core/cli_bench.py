@@ -3,46 +3,91 @@
 Heavy imports stay inside the commands that need them.
 """
 
+import json
 from pathlib import Path
-from typing import Annotated
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosaic_core.cli_common import TrainerOption, told, trainer_named, trainer_text
+from mosaic_core.cli_common import TrainerOption, number, told, trainer_named, trainer_text
+
+if TYPE_CHECKING:
+    from mosaic_core.bench.comparison import Comparison
 
 __all__ = ["bench"]
 
-bench = typer.Typer(help="Measure what a recipe gains and what it costs.", no_args_is_help=True)
+bench = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 
-@bench.command("compare")
-def bench_compare(
-    workload: Annotated[str, typer.Option(help="A workload, such as digits.")] = "digits",
+@bench.callback()
+def compare(
+    context: typer.Context,
+    workload: Annotated[
+        str, typer.Option(metavar="NAME", help="A workload, such as digits, or module:object.")
+    ] = "digits",
     trainer: TrainerOption = None,
+    baseline: Annotated[
+        str, typer.Option(metavar="RECIPE", help="What the recipes are compared with.")
+    ] = "none",
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="RECIPE", help="Names with + and - between them, or YAML; repeatable."
+            metavar="RECIPE",
+            help="Names with + and - between them, or a YAML file; with @EPOCHS behind it a length"
+            " of its own; repeatable.",
+            show_default="demo",
         ),
     ] = None,
-    baseline: Annotated[
-        str, typer.Option(metavar="RECIPE", help="What they are compared with.")
-    ] = "none",
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Add each algorithm alone, and all but each.")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 8,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first of them: a confirmation needs fresh ones.")
+    ] = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Length of each run.", show_default="the workload's")
     ] = None,
     target: Annotated[
-        float | None,
+        str,
         typer.Option(
-            help="Accuracy to reach, in (0, 1].", show_default="the median of the baseline"
+            metavar="auto|VALUE",
+            help="Accuracy to reach, in (0, 1]; auto is the median of the baseline's final ones.",
         ),
-    ] = None,
+    ] = "auto",
     delta: Annotated[
         float, typer.Option(min=0, help="Loss of final accuracy that does not matter.")
     ] = 0.005,
+    tune: Annotated[
+        int,
+        typer.Option(min=0, help="Trials to tune each arm with first, at least 5; 0 for none."),
+    ] = 0,
+    share_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--share-tuning", help="Tune the baseline alone, and give all arms its settings."
+        ),
+    ] = False,
+    turn: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps of a turn, as the arms alternate; 0 for one run after another."
+        ),
+    ] = 20,
+    price: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", min=0, help="Of the machine, to report costs."),
+    ] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A module with mosaic's hooks to load; repeatable."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write progress and the summary as JSON, for programs.")
+    ] = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder to look for the data first.")
     ] = None,
@@ -50,44 +95,106 @@ def bench_compare(
         Path, typer.Option(help="Folder of the runs and their summary; what is there is kept.")
     ] = Path("mosaic-bench"),
 ) -> None:
-    """Tell with an error bar whether recipes train faster, on the same seeds as a baseline."""
+    """Tell with an error bar whether recipes train faster, on the same seeds as a baseline.
+
+    Interrupted, it goes on where it was: each finished run is a file, and none is done twice. The
+    commands below measure what a recipe costs.
+    """
+    if context.invoked_subcommand is not None:
+        return
     with told():
-        import torch
-        from rich.progress import Progress
-
         from mosaic_core import plugins
-        from mosaic_core.bench.comparison import BASELINE, Plan, compare
-        from mosaic_core.bench.runs import Job
-        from mosaic_core.training import Update
+        from mosaic_core.bench import report, summary
+        from mosaic_core.bench.comparison import compare
+        from mosaic_core.bench.display import display
+        from mosaic_core.bench.plan import BASELINE, Arm, Plan, ablation
+        from mosaic_core.bench.runs import Store
+        from mosaic_core.bench.turns import runner
 
-        adapter, chosen, console = trainer_named(trainer), plugins.workload(workload), Console()
-        arms = {BASELINE: plugins.recipe(baseline)}
-        arms |= {name: plugins.recipe(name) for name in recipe or ["demo"]}
-        length = chosen.epochs if epochs is None else epochs
-        plan = Plan(chosen, adapter.name, arms, range(seeds), length, target, delta)
-        if chosen.threads is not None:
-            torch.set_num_threads(chosen.threads)
-        console.print(f"{chosen.name} with {trainer_text(adapter)}, {seeds} seeds, {length} epochs")
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task("runs")
+        for module in plugin or []:
+            plugins.load(module)
+        adapter, chosen = trainer_named(trainer), plugins.workload(workload)
+        report.check()
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"mosaic: --output must be a folder, got the file {output}")
 
-            def report(arm: str, job: Job, update: Update) -> None:
-                about = f"{arm}, seed {job.seed}"
-                bar.update(task, description=about, completed=update.step, total=update.total_steps)
+        def arm(text: str) -> Arm:
+            name, _, own = text.partition("@")
+            if own and not (own.isdecimal() and int(own)):
+                raise ValueError(f"mosaic: a length must be a number of epochs, got {text!r}")
+            return Arm(plugins.recipe(name), int(own) if own else epochs or chosen.epochs)
 
-            train = adapter.load("trainer")
-            comparison = compare(plan, train, output, data_dir=data_dir, report=report)
-        table = Table("arm", title=f"Target {comparison.target:.1%}")
-        for column in ("final accuracy", "ms/step"):
-            table.add_column(column, justify="right")
-        for arm in arms:
-            final = comparison.final(arm)
-            mean = f"{sum(final) / len(final):.1%}"
-            table.add_row(arm, mean, f"{comparison.ms_per_step(arm):.1f}")
-        console.print(table)
-        for arm, verdict in comparison.verdicts.items():
-            console.print(f"{arm}: {verdict}", highlight=False)
-        console.print(f"Figures: {output / 'summary.json'}")
+        arms, texts = {BASELINE: arm(baseline)}, recipe or ["demo"]
+        for text in texts:
+            if text in arms:
+                raise ValueError(f"mosaic: recipe {text!r} was given twice")
+            arms[text] = arm(text)
+        if ablate:
+            if len(texts) != 1:
+                raise ValueError(f"mosaic: --ablate needs one recipe, got {len(texts)}")
+            parts = ablation(arms[texts[0]].recipe)
+            arms |= {name: Arm(part, arms[texts[0]].epochs) for name, part in parts.items()}
+        for each in arms.values():
+            adapter.check(each.recipe)
+        plan = Plan(
+            workload=chosen,
+            trainer=adapter.name,
+            arms=arms,
+            seeds=range(first_seed, first_seed + seeds),
+            target=None if target == "auto" else number("--target", target),
+            delta=delta,
+        )
+        console = Console()
+        if not as_json:
+            console.print(f"{chosen.name} with {trainer_text(adapter)}, {seeds} seeds")
+        trials = (tune + 1) * (1 if share_tuning else len(arms)) if tune else 0
+        with (
+            display(console, trials + len(arms) * seeds, as_json=as_json) as shown,
+            runner(
+                chosen,
+                adapter.load("trainer"),
+                data_dir,
+                shown.step,
+                turn=turn,
+                plugins=plugin or (),
+            ) as perform,
+        ):
+            comparison = compare(
+                plan,
+                perform,
+                Store(output / "runs"),
+                trials=tune,
+                shared=share_tuning,
+                done=shown.done,
+            )
+        (output / "summary.json").write_text(summary.to_json(comparison), encoding="utf-8")
+        (output / "summary.md").write_text(summary.to_markdown(comparison), encoding="utf-8")
+        html = report.to_html(comparison, price=price)
+        (output / "report.html").write_text(html, encoding="utf-8")
+        if as_json:
+            console.out(json.dumps({"event": "summary", "file": str(output / "summary.json")}))
+            return
+        console.print(_table(comparison))
+        for name, verdict in comparison.verdicts.items():
+            console.print(f"{name}: {verdict}", highlight=False)
+        console.print(f"Report: {output / 'report.html'}")
+
+
+def _table(comparison: "Comparison") -> Table:
+    table = Table("arm", title=f"Target {comparison.target:.1%}")
+    for column in ("epochs", "final accuracy", "seconds", "ms/step", "MiB"):
+        table.add_column(column, justify="right")
+    for name, arm in comparison.plan.arms.items():
+        final, records = comparison.final(name), comparison.records[name]
+        table.add_row(
+            name,
+            str(arm.epochs),
+            f"{mean(final):.1%}" + (f" ± {stdev(final):.1%}" if len(final) > 1 else ""),
+            f"{mean(record.seconds for record in records):.1f}",
+            f"{comparison.ms_per_step(name):.1f}",
+            f"{records[0].memory / 2**20:.1f}",
+        )
+    return table
 
 
 @bench.command("overhead")

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from mosaic_core.adapter import Adapter
 
-__all__ = ["DEFAULT", "TrainerOption", "told", "trainer_named", "trainer_text"]
+__all__ = ["DEFAULT", "TrainerOption", "number", "told", "trainer_named", "trainer_text"]
 
 DEFAULT = "  [default: the preferred one of those installed]"
 TrainerOption = Annotated[
@@ -35,6 +35,14 @@ def told() -> Iterator[None]:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
         typer.echo(message, err=True)
         raise typer.Exit(2) from error
+
+
+def number(option: str, text: str) -> float:
+    """Return the number that an option was given."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"mosaic: {option} must be a number, got {text!r}") from None
 
 
 def trainer_named(name: str | None) -> "Adapter":

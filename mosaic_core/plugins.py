@@ -5,6 +5,8 @@ a module with some of the hooks below. Our own algorithms and adapters come thro
 """
 
 import functools
+import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -30,6 +32,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "installed",
+    "load",
     "manager",
     "recipe",
     "recipes",
@@ -104,18 +107,45 @@ def manager() -> pluggy.PluginManager:
                 f"mosaic: plugin {name!r} of {owner} could not be loaded: {error!r}; update or"
                 " uninstall it"
             ) from error
-        if not plugins.get_hookcallers(plugins.get_plugin(name)):
-            raise LookupError(
-                f"mosaic: plugin {name!r} of {owner} implements no hook; decorate its functions"
-                " with @mosaic_core.plugins.hookimpl"
-            )
+        _check(plugins, plugins.get_plugin(name), f"{name!r} of {owner}")
+    _register_losses(plugins)
+    return plugins
+
+
+def load(module: str) -> None:
+    """Load a module as a plugin that no distribution's metadata names, for this process.
+
+    Args:
+        module: Name of an importable module with hooks; if it is loaded already, nothing is done.
+
+    Raises:
+        ImportError: If it can't be imported.
+        LookupError: If it implements no hook.
+        pluggy.PluginValidationError: If it misspells a hook or its arguments.
+    """
+    plugins, plugin = manager(), importlib.import_module(module)
+    if plugins.is_registered(plugin):
+        return
+    plugins.register(plugin)
+    _check(plugins, plugin, repr(module))
+    _register_losses(plugins)
+
+
+def _check(plugins: pluggy.PluginManager, plugin: Any, what: str) -> None:
+    if not plugins.get_hookcallers(plugin):
+        raise LookupError(
+            f"mosaic: plugin {what} implements no hook; decorate its functions"
+            " with @mosaic_core.plugins.hookimpl"
+        )
     plugins.check_pending()
+
+
+def _register_losses(plugins: pluggy.PluginManager) -> None:
     from mosaic_core.target import register_loss
 
     for losses in plugins.hook.mosaic_losses():
         for loss in losses:
             register_loss(loss)
-    return plugins
 
 
 def algorithms() -> dict[str, "type[Algorithm]"]:
@@ -211,9 +241,24 @@ def workloads() -> dict[str, "Workload"]:
 def workload(name: str) -> "Workload":
     """Return one workload.
 
+    Args:
+        name: That of a workload which a plugin brings, or ``module:object`` for any other.
+
     Raises:
         LookupError: If it is unknown.
+        TypeError: If the object is no workload.
+        ValueError: If the module can't be imported, or has no such object.
     """
+    from mosaic_core.workloads import Workload
+
+    if ":" in name:
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"mosaic: workload {name!r} could not be loaded: {error}") from error
+        if not isinstance(found, Workload):
+            raise TypeError(f"mosaic: {name} must be a Workload, got {type(found).__name__}")
+        return found
     known = workloads()
     if name not in known:
         raise LookupError(f"mosaic: unknown workload {name!r}{nearest(name, known)}")

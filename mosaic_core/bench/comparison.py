@@ -5,9 +5,8 @@ depends on the baseline alone.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mosaic_core.bench.censoring import Outcome, auto_target, time_to_target
 from mosaic_core.bench.plan import Plan
@@ -51,7 +50,13 @@ class Comparison:
 
 
 def compare(
-    plan: Plan, runner: Runner, store: Store, *, trials: int = 0, shared: bool = False
+    plan: Plan,
+    runner: Runner,
+    store: Store,
+    *,
+    trials: int = 0,
+    shared: bool = False,
+    done: Callable[[Record], None] | None = None,
 ) -> Comparison:
     """Tune, do the runs of a plan that are not done yet, and judge them.
 
@@ -61,14 +66,16 @@ def compare(
         store: Where the runs are.
         trials: Points that every arm is tuned with first; 0 for no tuning.
         shared: Whether only the baseline is tuned, and its settings go to all arms.
+        done: Called with every record, of a run that was done before as of one done now.
     """
     tried: dict[str, list[Trial]] = {}
     if trials:
-        plan, tried = tune(plan, trials, runner, store, shared=shared)
+        plan, tried = tune(plan, trials, runner, store, shared=shared, done=done)
     records: dict[str, list[Record]] = {arm: [] for arm in plan.arms}
     for seed in plan.seeds:
         jobs = plan.jobs(seed)
-        for arm, record in zip(jobs, complete(list(jobs.values()), runner, store), strict=True):
+        found = complete(list(jobs.values()), runner, store, done)
+        for arm, record in zip(jobs, found, strict=True):
             records[arm].append(record)
     target = plan.target
     if target is None:
@@ -88,5 +95,3 @@ def _outcome(record: Record, target: float) -> Outcome:
         [point.accuracy for point in points],
         target,
     )
-
-

@@ -50,8 +50,12 @@ class Job:
         """Name of its file: algorithms and seed for people, a digest of all for the rest."""
         text = json.dumps(asdict(self), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        names = "+".join(a.name for a in Recipe.from_yaml(self.recipe)) or "none"
-        return f"{names[:80]}-seed{self.seed}-{digest}.json"
+        return f"{self.names[:80]}-seed{self.seed}-{digest}.json"
+
+    @property
+    def names(self) -> str:
+        """The algorithms, such as ``"MixUp+EMA"``, or ``"none"``."""
+        return "+".join(a.name for a in Recipe.from_yaml(self.recipe)) or "none"
 
     def of(self, workload: Workload) -> Workload:
         """Return the workload with the settings of this run."""
@@ -183,21 +187,32 @@ Runner = Callable[[Sequence[Job]], Iterator[Record]]
 """Does some runs that belong together and yields the record of each when it has ended."""
 
 
-def complete(jobs: Sequence[Job], runner: Runner, store: Store) -> list[Record]:
+def complete(
+    jobs: Sequence[Job],
+    runner: Runner,
+    store: Store,
+    done: Callable[[Record], None] | None = None,
+) -> list[Record]:
     """Return the records of runs that belong together, doing those that were not done yet.
 
     Args:
         jobs: The runs, no two alike.
         runner: Does those that are missing.
         store: Where the records are; each is put there when its run has ended.
+        done: Called with every record, of a run that was done before as of one done now.
     """
     found = {job.file: store.load(job) for job in jobs}
     missing = [job for job in jobs if found[job.file] is None]
+    for record in found.values():
+        if record is not None and done is not None:
+            done(record)
     if missing:
         store.tidy()
         for record in runner(missing):
             store.save(record)
             found[record.job.file] = record
+            if done is not None:
+                done(record)
     return [record for record in found.values() if record is not None]
 
 

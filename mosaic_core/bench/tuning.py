@@ -9,7 +9,7 @@ from typing import Any
 from torch.quasirandom import SobolEngine
 
 from mosaic_core.bench.plan import Plan
-from mosaic_core.bench.runs import Runner, Store, complete
+from mosaic_core.bench.runs import Record, Runner, Store, complete
 
 __all__ = ["TUNING_SEED", "Trial", "points", "tune"]
 
@@ -69,7 +69,7 @@ def tune(
     store: Store,
     *,
     shared: bool = False,
-    report: Callable[[int, int], None] | None = None,
+    done: Callable[[Record], None] | None = None,
 ) -> tuple[Plan, dict[str, list[Trial]]]:
     """Give every arm the settings that were best for it in the same trials.
 
@@ -80,7 +80,7 @@ def tune(
         store: Where they are.
         shared: Whether only the baseline has trials, and its settings go to all arms: one that
             needs others is then at a disadvantage.
-        report: Called with the number of trials done and to do.
+        done: Called with every record.
 
     Returns:
         The plan with tuned settings, and the trials of each arm; the best is the one of the
@@ -94,17 +94,15 @@ def tune(
     names = [plan.baseline] if shared else list(plan.arms)
     trials: dict[str, list[Trial]] = {name: [] for name in names}
     settings: list[dict[str, float]] = [{}, *points(plan.workload.search_space, count)]
-    for done, point in enumerate(settings):
+    for point in settings:
         arms = {
             name: dataclasses.replace(arm, settings={**arm.settings, **point})
             for name, arm in plan.arms.items()
         }
         jobs = dataclasses.replace(plan, arms=arms).jobs(TUNING_SEED)
-        records = complete([jobs[name] for name in names], runner, store)
+        records = complete([jobs[name] for name in names], runner, store, done)
         for name, record in zip(names, records, strict=True):
             trials[name].append(Trial(point, record.final_accuracy))
-        if report is not None:
-            report(done + 1, len(settings))
     best = {name: max(of, key=lambda trial: trial.accuracy).settings for name, of in trials.items()}
     arms = {
         name: dataclasses.replace(

@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any, Self
 import torch
 
 from mosaic_core.bench.probe import Probe, probe
-from mosaic_core.bench.runs import Job, Record
+from mosaic_core.bench.runs import Job, Record, Runner
+from mosaic_core.plugins import load
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, Train, Update
 from mosaic_core.workloads import Workload
 
-__all__ = ["TURN", "Report", "Trainee", "Turns"]
+__all__ = ["TURN", "Report", "Trainee", "Turns", "runner"]
 
 TURN = 20
 """Steps of a turn, unless told otherwise: long beside what a change of turns costs."""
@@ -102,6 +104,7 @@ class Turns:
         data_dir: Folder to look for the data first.
         report: Called after every turn and every evaluation.
         turn: Steps of a turn, at least 1.
+        plugins: Modules to load as plugins in each process; see :func:`mosaic_core.plugins.load`.
 
     Raises:
         ValueError: If ``turn`` is below 1, or the workload can't be pickled.
@@ -115,6 +118,7 @@ class Turns:
         report: Report | None = None,
         *,
         turn: int = TURN,
+        plugins: Sequence[str] = (),
     ) -> None:
         if turn < 1:
             raise ValueError(f"Turns: turn must be at least 1, got {turn}")
@@ -125,7 +129,7 @@ class Turns:
                 f"Turns: workload must be made of functions and classes of a module, as the"
                 f" processes that train it import them, got {workload.name}: {error}"
             ) from error
-        self._what = (workload, train, data_dir, turn)
+        self._what = (workload, train, data_dir, turn, tuple(plugins))
         self._report = report
         self._context = _context(train)
         self._workers: list[_Worker] = []
@@ -192,6 +196,27 @@ class _Worker:
             self._process.join()
 
 
+@contextmanager
+def runner(
+    workload: Workload,
+    train: Train,
+    data_dir: Path | None = None,
+    report: Report | None = None,
+    *,
+    turn: int = TURN,
+    plugins: Sequence[str] = (),
+) -> Iterator[Runner]:
+    """Hold what performs runs: in turns, or one after another if ``turn`` is 0.
+
+    See :class:`Turns` for the arguments.
+    """
+    if turn == 0:
+        yield Trainee(workload, train, data_dir, report)
+    else:
+        with Turns(workload, train, data_dir, report, turn=turn, plugins=plugins) as turns:
+            yield turns
+
+
 def _context(train: Train) -> BaseContext:
     """Return how processes are started: copies of one that has imported what all need."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -202,10 +227,17 @@ def _context(train: Train) -> BaseContext:
 
 
 def _work(
-    connection: Connection, workload: Workload, train: Train, data_dir: Path | None, turn: int
+    connection: Connection,
+    workload: Workload,
+    train: Train,
+    data_dir: Path | None,
+    turn: int,
+    plugins: Sequence[str],
 ) -> None:
     """Perform the runs that come through a connection, until its other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end is told, and closes
+    for module in plugins:
+        load(module)
     trainee = Trainee(workload, train, data_dir)
 
     def exchange(answer: Any) -> Any:
