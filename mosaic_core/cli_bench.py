@@ -263,3 +263,56 @@ def bench_kernels(
         console.print(table)
         if output is not None:
             output.write_text(kernels.to_json(results), encoding="utf-8")
+
+
+@bench.command("controls")
+def bench_controls(
+    workload: Annotated[str, typer.Option(metavar="NAME", help="A workload.")] = "digits",
+    trainer: TrainerOption = None,
+    comparisons: Annotated[
+        int, typer.Option(min=1, help="Comparisons of a recipe with itself, of 6 seeds each.")
+    ] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Length of each run.")] = 4,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder to look for the data first.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the runs and of controls.json; what is there is kept.")
+    ] = Path("mosaic-controls"),
+) -> None:
+    """Test the tool on comparisons of which the answer is known."""
+    with told():
+        from mosaic_core import plugins
+        from mosaic_core.bench import controls
+        from mosaic_core.bench.display import display
+        from mosaic_core.bench.runs import Store
+        from mosaic_core.bench.turns import runner
+
+        plugins.load(controls.__name__)
+        adapter, chosen, console = trainer_named(trainer), plugins.workload(workload), Console()
+        train, runs = adapter.load("trainer"), 4 * controls.seeds_of(comparisons)
+        with (
+            display(console, runs) as shown,
+            runner(chosen, train, data_dir, shown.step, plugins=(controls.__name__,)) as perform,
+        ):
+            results = controls.run(
+                chosen,
+                adapter.name,
+                perform,
+                Store(output / "runs"),
+                comparisons=comparisons,
+                epochs=epochs,
+                done=shown.done,
+            )
+        text = controls.to_json(results, chosen, adapter.name, epochs)
+        (output / "controls.json").write_text(text, encoding="utf-8")
+        table = Table("control", "found", title=f"{chosen.name} with {trainer_text(adapter)}")
+        for column in ("seeds", "right", "at least", "passed"):
+            table.add_column(column, justify="right")
+        for name, result in results.items():
+            found = ", ".join(f"{count} {finding}" for finding, count in result.findings.items())
+            right = (f"{result.right:.0%}", f"{result.least:.0%}")
+            table.add_row(name, found, str(result.seeds), *right, "yes" if result.passed else "no")
+        console.print(table)
+        if not all(result.passed for result in results.values()):
+            raise typer.Exit(1)

@@ -1,0 +1,214 @@
+"""Negative controls: comparisons of which the answer is known, so that they test the tool.
+
+- A recipe against itself: 1 must lie in the interval, but for one time in twenty.
+- An algorithm that waits for 5 % of each step: it must be found slower.
+- Half the learning rate, which mosaic takes no part in: it must not be found faster.
+
+This module is a plugin, which the processes of the runs load.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from mosaic_core.algorithm import Algorithm, Card, Place
+from mosaic_core.batch import Batch
+from mosaic_core.bench.comparison import compare
+from mosaic_core.bench.plan import BASELINE, Arm, Plan
+from mosaic_core.bench.runs import Record, Runner, Store, complete, environment
+from mosaic_core.plugins import hookimpl
+from mosaic_core.recipe import Recipe
+from mosaic_core.workloads import Workload
+
+if TYPE_CHECKING:
+    from mosaic_core.run import Run
+
+__all__ = ["Control", "Result", "Sleep", "controls", "run", "seeds_of", "to_json"]
+
+_FEWEST, _MOST = 6, 12  # seeds of one comparison
+
+
+@dataclass
+class _State:
+    began: float | None = None
+
+
+@dataclass(frozen=True)
+class Sleep(Algorithm):
+    """Do nothing for a share of the time that a step takes from its first batch to its end.
+
+    Args:
+        share: Of the step, at least 0.
+    """
+
+    share: float = 0.05
+
+    place = Place.MEASURING
+    card = Card(
+        category="any",
+        summary="Waits for a share of each step.",
+        effect="Makes a step longer, and nothing else.",
+        use_when="As a control: a comparison must find it slower.",
+        interactions="None.",
+        reference="-",
+        url="",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not self.share >= 0:
+            raise ValueError(f"Sleep: share must be at least 0, got {self.share}")
+
+    def init_state(self, run: "Run") -> _State:
+        """Return a clock."""
+        return _State()
+
+    def on_batch(self, batch: Batch, run: "Run") -> Batch:
+        """Note when the step begins."""
+        state: _State = run.state(self)
+        if state.began is None:
+            state.began = time.perf_counter()
+        return batch
+
+    def on_step_end(self, run: "Run") -> None:
+        """Wait; in a loop, as the clock of sleep() is too coarse for a step of milliseconds."""
+        state: _State = run.state(self)
+        if state.began is None:
+            return
+        now = time.perf_counter()
+        end, state.began = now + self.share * (now - state.began), None
+        while time.perf_counter() < end:
+            pass
+
+
+@hookimpl
+def mosaic_algorithms() -> Sequence[type[Algorithm]]:
+    """Return the algorithm that only controls use."""
+    return [Sleep]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a comparison with the baseline must show.
+
+    Attributes:
+        arm: Its arm.
+        seeds: Seeds of one comparison.
+        answers: The findings that are right.
+        least: Share of the comparisons that must give one of them.
+    """
+
+    arm: Arm
+    seeds: int
+    answers: frozenset[str]
+    least: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a control showed.
+
+    Attributes:
+        seeds: Seeds of one comparison.
+        findings: How many comparisons found what.
+        right: Share of the comparisons with a right finding.
+        least: What it must be at least.
+        speedups: That of each comparison, in seconds.
+    """
+
+    seeds: int
+    findings: Mapping[str, int]
+    right: float
+    least: float
+    speedups: Sequence[float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tool gave the right answers often enough."""
+        return self.right >= self.least
+
+
+def controls(workload: Workload, epochs: int) -> dict[str, Control]:
+    """Return the controls by name.
+
+    Args:
+        workload: What is trained.
+        epochs: Length of a run.
+    """
+    half = {"learning_rate": workload.learning_rate / 2}
+    return {
+        "itself": Control(
+            Arm(Recipe(), epochs), _FEWEST, frozenset({"cannot tell", "less accurate"}), 0.9
+        ),
+        "sleeper": Control(Arm(Recipe([Sleep()]), epochs), _MOST, frozenset({"slower"}), 0.8),
+        "half the learning rate": Control(
+            Arm(Recipe(), epochs, half),
+            _MOST,
+            frozenset({"cannot tell", "less accurate", "slower"}),
+            0.9,
+        ),
+    }
+
+
+def run(
+    workload: Workload,
+    trainer: str,
+    runner: Runner,
+    store: Store,
+    *,
+    comparisons: int,
+    epochs: int,
+    done: Callable[[Record], None] | None = None,
+) -> dict[str, Result]:
+    """Make each control's comparisons, no two of which share a seed.
+
+    Args:
+        workload: What is trained.
+        trainer: Name of the adapter, or ``torch``.
+        runner: Does the runs.
+        store: Where they are.
+        comparisons: Number of comparisons of the control that has the fewest seeds in each; the
+            others make as many as these seeds are enough for, at least one.
+        epochs: Length of a run.
+        done: Called with every record.
+    """
+    known = controls(workload, epochs)
+    baseline = Arm(Recipe(), epochs)
+    every = {BASELINE: baseline, **{name: control.arm for name, control in known.items()}}
+    seeds = range(seeds_of(comparisons))
+    for seed in seeds:  # all arms together, so that they take turns
+        complete(
+            list(Plan(workload, trainer, every, seeds).jobs(seed).values()), runner, store, done
+        )
+    results = {}
+    for name, control in known.items():
+        verdicts = []
+        for first in range(0, len(seeds) - control.seeds + 1, control.seeds):
+            arms = {BASELINE: baseline, name: control.arm}
+            plan = Plan(workload, trainer, arms, seeds[first : first + control.seeds])
+            verdicts.append(compare(plan, runner, store).verdicts[name])
+        found = Counter(str(verdict.finding) for verdict in verdicts)
+        right = sum(found[answer] for answer in control.answers) / len(verdicts)
+        speedups = [verdict.seconds.ratio.estimate for verdict in verdicts]
+        results[name] = Result(control.seeds, dict(found), right, control.least, speedups)
+    return results
+
+
+def seeds_of(comparisons: int) -> int:
+    """Return how many seeds :func:`run` takes; it does four runs on each."""
+    return max(_FEWEST * comparisons, _MOST)
+
+
+def to_json(results: Mapping[str, Result], workload: Workload, trainer: str, epochs: int) -> str:
+    """Return what the controls showed, and where."""
+    data = {
+        "workload": workload.name,
+        "trainer": trainer,
+        "epochs": epochs,
+        "environment": environment(),
+        "controls": {name: asdict(result) for name, result in results.items()},
+    }
+    return json.dumps(data, indent=1) + "\n"
