@@ -140,9 +140,7 @@ def controls(workload: Workload, epochs: int) -> dict[str, Control]:
     """
     half = {"learning_rate": workload.learning_rate / 2}
     return {
-        "itself": Control(
-            Arm(Recipe(), epochs), _FEWEST, frozenset({"cannot tell"}), 0.9
-        ),
+        "itself": Control(Arm(Recipe(), epochs), _FEWEST, frozenset({"cannot tell"}), 0.9),
         "sleeper": Control(Arm(Recipe([Sleep()]), epochs), _MOST, frozenset({"slower"}), 0.8),
         "half the learning rate": Control(
             Arm(Recipe(), epochs, half),

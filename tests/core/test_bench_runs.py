@@ -14,15 +14,16 @@ import pytest
 
 from mosaic_core import Recipe
 from mosaic_core.algorithms import EMA, MixUp
-from mosaic_core.bench.runs import SCHEMA, Job, Record, Store, environment, execute
-from mosaic_core.training import Evaluation, History, train
+from mosaic_core.bench.runs import SCHEMA, Job, Record, Store, complete
+from mosaic_core.training import Evaluation, History
 from mosaic_core.workloads import WORKLOADS
 
 DIGITS = next(w for w in WORKLOADS if w.name == "digits")
 
 
 def job(seed=0, recipe=(), epochs=2, learning_rate=0.1) -> Job:
-    return Job("digits", "torch", Recipe(recipe).to_yaml(), seed, epochs, learning_rate)
+    settings = {**DIGITS.settings, "learning_rate": learning_rate}
+    return Job("digits", "torch", Recipe(recipe).to_yaml(), seed, epochs, settings)
 
 
 def history(accuracy=0.5) -> History:
@@ -30,7 +31,7 @@ def history(accuracy=0.5) -> History:
 
 
 def record(of: Job, accuracy=0.5) -> Record:
-    return Record(of, history(accuracy).evaluations, 1.5, environment())
+    return Record.of(of, history(accuracy), memory=5, phases={"data": 0.5}, turns=["a", "b"])
 
 
 class Fake:
@@ -39,9 +40,10 @@ class Fake:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, workload, recipe, *, seed, epochs, data_dir, report):
-        self.asked.append((workload, recipe, seed, epochs))
-        return history(seed / 10)
+    def __call__(self, jobs):
+        for job in jobs:
+            self.asked.append(job.seed)
+            yield record(job, job.seed / 10)
 
 
 def test_a_record_is_what_was_written():
@@ -75,7 +77,8 @@ def test_the_record_of_another_run_is_refused(tmp_path):
     [
         {"seed": 1},
         {"epochs": 3},
-        {"learning_rate": 0.2},
+        {"settings": {"learning_rate": 0.2}},
+        {"replica": 1},
         {"trainer": "other"},
         {"workload": "other"},
         {"recipe": Recipe([MixUp()]).to_yaml()},
@@ -89,54 +92,27 @@ def test_everything_that_decides_a_run_is_in_the_name_of_its_file(change):
 
 def test_runs_that_are_done_are_not_done_again(tmp_path):
     jobs, fake, store = [job(0), job(1), job(2)], Fake(), Store(tmp_path / "new")
-    first = list(execute(jobs[:2], fake, DIGITS, store))
-    again = list(execute(jobs, fake, DIGITS, store))
-    assert [seed for _, _, seed, _ in fake.asked] == [0, 1, 2]
+    first = complete(jobs[:2], fake, store)
+    again = complete(jobs, fake, store)
+    assert fake.asked == [0, 1, 2]
     assert again[:2] == first
     assert [r.final_accuracy for r in again] == [0.0, 0.1, 0.2]
 
 
-def test_a_job_decides_how_it_is_trained(tmp_path):
-    fake = Fake()
-    asked = job(4, [MixUp(0.3)], epochs=7, learning_rate=0.03)
-    list(execute([asked], fake, DIGITS, Store(tmp_path)))
-    ((workload, recipe, seed, epochs),) = fake.asked
-    assert workload == dataclasses.replace(DIGITS, learning_rate=0.03)
-    assert (recipe, seed, epochs) == (Recipe([MixUp(0.3)]), 4, 7)
-
-
 def test_a_run_that_fails_leaves_the_others(tmp_path):
-    def fail(*args, seed, **kwargs):
-        if seed == 1:
-            raise RuntimeError("of the run")
-        return history()
+    def fail(jobs):
+        yield record(jobs[0])
+        raise RuntimeError("of the run")
 
-    runs = execute([job(0), job(1)], fail, DIGITS, Store(tmp_path))
-    next(runs)
     with pytest.raises(RuntimeError, match="of the run"):
-        next(runs)
+        complete([job(0), job(1)], fail, Store(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [job(0).file]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "half.json.123.part").write_text("{")
-    list(execute([job()], Fake(), DIGITS, Store(tmp_path)))
+    complete([job()], Fake(), Store(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [job().file]
-
-
-def test_a_report_says_of_which_run(tmp_path):
-    seen = []
-    asked = job(epochs=1)
-    (done,) = execute(
-        [asked],
-        train,
-        DIGITS,
-        Store(tmp_path),
-        report=lambda of, update: seen.append((of, update.step)),
-    )
-    assert {of for of, _ in seen} == {asked}
-    assert done.evaluations[-1].step == max(step for _, step in seen) == 15
-    assert done.final_accuracy > 0.2
 
 
 SCRIPT = """
@@ -144,11 +120,13 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
 from test_bench_runs import DIGITS, job
-from mosaic_core.bench.runs import Store, execute
+from mosaic_core.bench.runs import Store, complete
+from mosaic_core.bench.turns import Turns
 from mosaic_core.training import train
 print("begins", flush=True)
-for _ in execute([job(s, epochs=1) for s in range(4)], train, DIGITS, Store(Path(sys.argv[1]))):
-    pass
+with Turns(DIGITS, train, turn=5) as turns:
+    for pair in ((0, 1), (2, 3)):
+        complete([job(s, epochs=1) for s in pair], turns, Store(Path(sys.argv[1])))
 """
 
 
