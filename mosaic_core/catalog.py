@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mosaic_core import plugins
+from mosaic_core import measured, plugins
 from mosaic_core.algorithm import Algorithm
 from mosaic_core.errors import nearest
 
@@ -260,6 +260,7 @@ def card(name: str, width: int = 88) -> str:
     sections = {
         "Settings": "\n".join(_setting(setting) for setting in settings(cls)),
         "Effect": cls.card.effect,
+        "Measured": "\n".join(measured.lines(name)),
         "Use when": cls.card.use_when,
         "Interactions": cls.card.interactions,
         "Excludes": ", ".join(sorted(cls.excludes)),
@@ -273,7 +274,7 @@ def card(name: str, width: int = 88) -> str:
     lines = [f"{name} ({cls.card.category})", _wrapped(cls.card.summary, width, "  ")]
     for title, text in sections.items():
         if text:
-            hang = "    " if title in ("Settings", "Functions") else "  "
+            hang = "    " if title in ("Settings", "Functions", "Measured") else "  "
             lines += ["", title, *(_wrapped(line, width, hang) for line in text.splitlines())]
     return "\n".join(lines)
 

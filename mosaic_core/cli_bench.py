@@ -316,3 +316,15 @@ def bench_controls(
         console.print(table)
         if not all(result.passed for result in results.values()):
             raise typer.Exit(1)
+
+
+@bench.command("publish")
+def bench_publish(
+    folder: Annotated[Path, typer.Argument(help="Folder of summaries, such as bench/results.")],
+) -> None:
+    """Write what summaries show of each algorithm into the cards of the catalogue."""
+    with told():
+        from mosaic_core import measured
+
+        measured.publish(folder)
+        typer.echo(f"{measured.PATH}: written")
