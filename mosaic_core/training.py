@@ -4,9 +4,11 @@ Every adapter has a function like :func:`train` here; with the same seed all of 
 same weights and see the same data in the same order.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +44,7 @@ class Evaluation:
 
     Attributes:
         step: Optimizer steps before it.
-        epoch: Epochs before it.
+        epoch: Whole epochs before it.
         seconds: Time spent training before it; evaluations do not count.
         accuracy: Share of the evaluation data classified correctly, in [0, 1].
     """
@@ -58,8 +60,10 @@ class History:
     """What a training gave.
 
     Attributes:
-        evaluations: One after each epoch.
+        evaluations: In the order of the steps.
         ms_per_step: Median time from the end of a step to the end of the next, in milliseconds.
+        start_up: Seconds that the first steps took longer than later ones, as they compile and warm
+            up; no part of the other figures.
         weights: The parameters that training leaves, by their names in the workload's model, on
             the CPU.
     """
@@ -67,6 +71,7 @@ class History:
     evaluations: tuple[Evaluation, ...]
     ms_per_step: float
     weights: Mapping[str, Tensor] = field(repr=False, compare=False)
+    start_up: float = 0.0
 
     @property
     def final_accuracy(self) -> float:
@@ -81,11 +86,21 @@ class History:
 
 @dataclass(frozen=True)
 class Update:
-    """How far a training has come: after every step, and once more after every evaluation."""
+    """How far a training has come: after every step, and once more after every evaluation.
+
+    Attributes:
+        step: Optimizer steps done.
+        total_steps: Optimizer steps of the run.
+        evaluation: The one that has just been made.
+        clock_stopped: Makes a context in which the training may wait: its clock stands still.
+    """
 
     step: int
     total_steps: int
     evaluation: Evaluation | None = None
+    clock_stopped: Callable[[], AbstractContextManager[None]] = field(
+        default=contextlib.nullcontext, repr=False, compare=False
+    )
 
 
 Report = Callable[[Update], None]
@@ -117,17 +132,37 @@ class Train(Protocol):
         ...
 
 
+WARM_UP = 5
+"""First steps of a run, in which things are compiled and caches fill."""
+
+
 class Recorder:
     """Keeps the clock and the evaluations of one training; all trainers call the same methods.
 
+    The first ``WARM_UP`` steps are counted as if each had taken the median of the later ones before
+    the first evaluation; what they took longer is the start-up.
+
     Args:
-        total_steps: Optimizer steps of the run.
+        epochs: Epochs of the run.
+        steps: Optimizer steps of an epoch.
+        evaluations: Evaluations an epoch.
         report: Called after every step and every evaluation.
+
+    Raises:
+        ValueError: If the evaluations don't divide the steps.
     """
 
-    def __init__(self, total_steps: int, report: Report | None = None) -> None:
-        self._total, self._report = total_steps, report
-        self._step, self._seconds = 0, 0.0
+    def __init__(
+        self, epochs: int, steps: int, evaluations: int = 1, report: Report | None = None
+    ) -> None:
+        if evaluations < 1 or steps % evaluations:
+            raise ValueError(
+                f"Recorder: evaluations must divide the {steps} steps of an epoch,"
+                f" got {evaluations}"
+            )
+        self._steps, self._every = steps, steps // evaluations
+        self.total_steps, self._report = epochs * steps, report
+        self._step, self._seconds, self._start_up = 0, 0.0, 0.0
         self._started = self._last = 0.0
         self._intervals: list[float] = []
         self._evaluations: list[Evaluation] = []
@@ -144,19 +179,26 @@ class Recorder:
         self._step += 1
         self._tell(None)
 
+    @property
+    def due(self) -> bool:
+        """Whether an evaluation is due in the middle of an epoch; at its end one always is."""
+        return self._step % self._every == 0 and self._step % self._steps != 0
+
     def pause(self) -> None:
         """Stop the clock: an evaluation begins."""
-        if torch.cuda.is_available():  # what was asked of the device belongs to training
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._started
+        self._seconds += _now() - self._started
 
-    def evaluated(self, epoch: int, accuracy: float) -> None:
+    def evaluated(self, accuracy: float) -> None:
         """Note an evaluation and let the clock run on.
 
         Args:
-            epoch: Epochs completed.
             accuracy: Share classified correctly, in [0, 1].
         """
+        if not self._evaluations and self._step > 2 * WARM_UP:
+            first, later = self._intervals[:WARM_UP], self._intervals[WARM_UP:]
+            self._start_up = max(0.0, sum(first) - WARM_UP * statistics.median(later))
+            self._seconds -= self._start_up
+        epoch = self._step // self._steps
         self._evaluations.append(Evaluation(self._step, epoch, self._seconds, accuracy))
         self._tell(self._evaluations[-1])
         self.start()
@@ -167,15 +209,34 @@ class Recorder:
         Args:
             model: The workload's model as training leaves it, with the averaged weights if any.
         """
+        steady = self._intervals[WARM_UP:] or self._intervals
         return History(
             tuple(self._evaluations),
-            1e3 * statistics.median(self._intervals),
+            1e3 * statistics.median(steady),
             {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()},
+            self._start_up,
         )
 
     def _tell(self, evaluation: Evaluation | None) -> None:
         if self._report is not None:
-            self._report(Update(self._step, self._total, evaluation))
+            self._report(Update(self._step, self.total_steps, evaluation, self._clock_stopped))
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        before = _now()
+        try:
+            yield
+        finally:
+            waited = time.perf_counter() - before
+            self._started += waited
+            self._last += waited
+
+
+def _now() -> float:
+    """Return the time at which all is done that was asked of the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def train(
@@ -191,30 +252,36 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader, evaluation_loader = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
-    steps = len(loader)
+    recorder = Recorder(epochs, len(loader), workload.evaluations, report)
     model = workload.new_model(seed)
     run = Run(recipe, model=model, seed=seed)
     model.to(device)
-    optimizer, scheduler = workload.optimizer(model, epochs * steps)
-    run.start([optimizer], total_steps=epochs * steps, steps_per_epoch=steps)
+    optimizer, scheduler = workload.optimizer(model, recorder.total_steps)
+    run.start([optimizer], total_steps=recorder.total_steps, steps_per_epoch=len(loader))
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
         return workload.loss(model(batch[0]), batch[1])
+
+    def evaluate() -> None:
+        recorder.pause()
+        with run.evaluation():
+            accuracy = _accuracy(model, evaluation_loader, device)
+        model.train()
+        recorder.evaluated(accuracy)
 
     def batches() -> Iterator[list[Tensor]]:
         for batch in loader:
             yield [tensor.to(device, non_blocking=True) for tensor in batch]
             recorder.end_step()  # the loop asks for the next batch when it has taken the step
+            if recorder.due:
+                evaluate()
 
-    recorder = Recorder(epochs * steps, report)
+    model.train()
     recorder.start()
-    for epoch in range(1, epochs + 1):
-        model.train()
+    for _ in range(epochs):
         train_steps(run, batches(), loss, scheduler=scheduler)
         run.end_epoch()
-        recorder.pause()
-        with run.evaluation():
-            recorder.evaluated(epoch, _accuracy(model, evaluation_loader, device))
+        evaluate()
     run.enter_evaluation()
     return recorder.history(model)
 

@@ -35,6 +35,7 @@ class Workload:
         model: Makes the model, with weights from torch's default generator.
         batch_size: Examples a step.
         epochs: Length of a run.
+        evaluations: Evaluations an epoch, at equal distances; it divides the steps of an epoch.
         seeds: Runs that a comparison averages over, unless told otherwise.
         learning_rate: Peak of a one-cycle schedule over the whole run.
         momentum: Of SGD with Nesterov's momentum, or the first beta of AdamW.
@@ -57,12 +58,21 @@ class Workload:
     weight_decay: float = 5e-4
     adam: bool = False
     threads: int | None = None
+    evaluations: int = 1
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides a run beside its data and model, by name."""
-        names = ("batch_size", "learning_rate", "momentum", "weight_decay", "adam", "threads")
+        names = (
+            "batch_size",
+            "learning_rate",
+            "momentum",
+            "weight_decay",
+            "adam",
+            "threads",
+            "evaluations",
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -115,6 +125,17 @@ class Workload:
         return F.cross_entropy(logits, labels)
 
 
+_SETTINGS = (
+    "batch_size",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "adam",
+    "threads",
+    "evaluations",
+)
+
+
 class Shuffle(Sampler[int]):
     """Order of the examples: a permutation that depends on seed and epoch alone.
 
@@ -163,6 +184,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=5,
         seeds=1,
+        evaluations=4,
         learning_rate=0.1,
     ),
     Workload(
@@ -173,6 +195,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=5,
         seeds=1,
+        evaluations=4,
         learning_rate=3e-3,
         weight_decay=0.05,
         adam=True,
@@ -185,6 +208,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=10,
         seeds=1,
+        evaluations=3,
         learning_rate=0.1,
     ),
     Workload(

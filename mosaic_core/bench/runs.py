@@ -70,6 +70,7 @@ class Record:
         job: The run.
         evaluations: In the order of the steps.
         ms_per_step: Median time of a step, in milliseconds.
+        start_up: Seconds that the first steps took longer than later ones.
         memory: Bytes that its tensors take at most, in a training of three steps.
         phases: Median time of each phase of a step, in milliseconds, in a short training.
         turns: Files of the runs that it took turns with, itself included: these saw the same
@@ -80,6 +81,7 @@ class Record:
     job: Job
     evaluations: tuple[Evaluation, ...]
     ms_per_step: float
+    start_up: float
     memory: int
     phases: Mapping[str, float]
     turns: tuple[str, ...]
@@ -100,6 +102,7 @@ class Record:
             job,
             history.evaluations,
             history.ms_per_step,
+            history.start_up,
             memory,
             phases or {},
             tuple(turns),

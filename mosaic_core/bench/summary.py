@@ -38,6 +38,7 @@ def _arm(comparison: Comparison, name: str) -> dict[str, Any]:
         "final_accuracy": comparison.final(name),
         "seconds": [record.seconds for record in records],
         "ms_per_step": comparison.ms_per_step(name),
+        "start_up_seconds": [record.start_up for record in records],
         "phases_ms": dict(records[0].phases),
         "memory_bytes": records[0].memory,
         "runs": [record.job.file for record in records],

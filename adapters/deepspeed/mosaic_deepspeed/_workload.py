@@ -35,42 +35,49 @@ def train(
     """Train a workload with DeepSpeed; see :class:`mosaic_core.training.Train`."""
     loader, evaluation_loader = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
-    total_steps = epochs * len(loader)
-    model, recorder = workload.new_model(seed), Recorder(total_steps, report)
+    recorder = Recorder(epochs, len(loader), workload.evaluations, report)
+    model = workload.new_model(seed)
     made: list[Any] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        made.extend(workload.optimizer(model, total_steps))
+        made.extend(workload.optimizer(model, recorder.total_steps))
         return made[0]  # type: ignore[no-any-return]  # an optimizer and its schedule
 
     with _engine_of(
         recipe,
         model=model,
         seed=seed,
-        total_steps=total_steps,
+        total_steps=recorder.total_steps,
         steps_per_epoch=len(loader),
         optimizer=optimizer,
         lr_scheduler=lambda _: made[1],
         config=_config(workload.batch_size),
     ) as engine:
-        batches = engine.mosaic.loader(loader)
-        recorder.start()
-        for epoch in range(1, epochs + 1):
+
+        def evaluate() -> None:
+            recorder.pause()
+            engine.eval()
+            right = count = 0
+            with torch.no_grad(), engine.mosaic.evaluation():
+                for x, y in evaluation_loader:
+                    x, y = x.to(engine.device), y.to(engine.device)
+                    right += int((engine(x).argmax(1) == y).sum())
+                    count += y.numel()
             engine.train()
+            recorder.evaluated(right / count)
+
+        batches = engine.mosaic.loader(loader)
+        engine.train()
+        recorder.start()
+        for _ in range(epochs):
             for x, y in batches:
                 engine.backward(workload.loss(engine(x), y))
                 engine.step()
                 if engine.was_step_applied():
                     recorder.end_step()
-            recorder.pause()
-            engine.eval()
-            with torch.no_grad(), engine.mosaic.evaluation():
-                right = count = 0
-                for x, y in evaluation_loader:
-                    x, y = x.to(engine.device), y.to(engine.device)
-                    right += int((engine(x).argmax(1) == y).sum())
-                    count += y.numel()
-            recorder.evaluated(epoch, right / count)
+                    if recorder.due:
+                        evaluate()
+            evaluate()
         engine.mosaic.detach()
     return recorder.history(model)
 

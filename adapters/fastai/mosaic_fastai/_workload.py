@@ -27,11 +27,11 @@ __all__ = ["overhead", "train"]
 
 
 class _Record(Callback):  # type: ignore[misc]  # fastai has no types
-    """Tells the recorder what fastai does."""
+    """Tells the recorder what fastai does, and evaluates in the middle of an epoch."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, mosaic: MosaicCallback) -> None:
         super().__init__()
-        self.clock, self.started = recorder, False
+        self.clock, self.mosaic, self.started = recorder, mosaic, False
 
     def before_train(self) -> None:
         if not self.started:
@@ -41,12 +41,26 @@ class _Record(Callback):  # type: ignore[misc]  # fastai has no types
     def after_batch(self) -> None:
         if self.training:
             self.clock.end_step()
+            if self.clock.due:
+                self.evaluate()
+
+    def evaluate(self) -> None:
+        """Evaluate beside fastai, which knows validation at the end of an epoch only."""
+        self.clock.pause()
+        self.model.eval()
+        right = count = 0
+        with torch.no_grad(), self.mosaic.run.evaluation():
+            for input, target in self.dls.valid:
+                right += int((self.model(input).argmax(1) == target).sum())
+                count += target.numel()
+        self.model.train()
+        self.clock.evaluated(right / count)
 
     def before_validate(self) -> None:
         self.clock.pause()
 
     def after_epoch(self) -> None:
-        self.clock.evaluated(self.epoch + 1, float(self.recorder.log[-1]))
+        self.clock.evaluated(float(self.recorder.log[-1]))
 
 
 class _Schedule(Callback):  # type: ignore[misc]  # fastai has no types
@@ -78,8 +92,8 @@ def train(
     """Train a workload with fastai; see :class:`mosaic_core.training.Train`."""
     loaders = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
-    steps = epochs * len(loaders[0])
-    recorder = Recorder(steps, report)
+    recorder = Recorder(epochs, len(loaders[0]), workload.evaluations, report)
+    mosaic = MosaicCallback(recipe, seed=seed)
     model = workload.new_model(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -88,9 +102,9 @@ def train(
         model,
         loss_func=workload.loss,
         metrics=_accuracy,
-        cbs=[_Record(recorder), MosaicCallback(recipe, seed=seed)],
+        cbs=[_Record(recorder, mosaic), mosaic],
     )
-    optimizer, schedule = workload.optimizer(model, steps)  # after surgery
+    optimizer, schedule = workload.optimizer(model, recorder.total_steps)  # after surgery
     learn.opt_func = OptimWrapper(opt=optimizer)
     with _quiet():
         learn.fit(epochs, lr=optimizer.param_groups[0]["lr"], cbs=_Schedule(schedule))

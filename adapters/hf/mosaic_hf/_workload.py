@@ -58,14 +58,17 @@ class _Record(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.recorder.start()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.end_step()
+        if self.recorder.due:
+            control.should_evaluate = True
+            self.recorder.pause()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.recorder.pause()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.recorder.evaluated(round(state.epoch), kwargs["metrics"]["eval_accuracy"])
+        self.recorder.evaluated(kwargs["metrics"]["eval_accuracy"])
 
 
 def train(
@@ -80,7 +83,7 @@ def train(
     """Train a workload with the Trainer; see :class:`mosaic_core.training.Train`."""
     loader, evaluation_loader = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
-    recorder = Recorder(epochs * len(loader), report)
+    recorder = Recorder(epochs, len(loader), workload.evaluations, report)
     model = _Classifier(workload.new_model(seed), workload.loss)
     with _quiet() as folder:
         trainer = Trainer(
@@ -90,9 +93,10 @@ def train(
             train_dataset=_Batches(loader),
             eval_dataset=_Batches(evaluation_loader),
             compute_metrics=_accuracy,
-            callbacks=[_Record(recorder), MosaicCallback(recipe, seed=seed)],
+            # The recorder comes last, so that a step has ended when it counts it.
+            callbacks=[MosaicCallback(recipe, seed=seed), _Record(recorder)],
             # On the model as surgery leaves it, which makes no new parameters here.
-            optimizers=workload.optimizer(model, epochs * len(loader)),  # type: ignore[arg-type]  # any schedule does
+            optimizers=workload.optimizer(model, recorder.total_steps),  # type: ignore[arg-type]  # any schedule does
         )
         trainer.train()
     return recorder.history(model.model)

@@ -66,8 +66,7 @@ class _Record(pl.Callback):
         self.recorder.pause()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        accuracy = float(trainer.callback_metrics["accuracy"])
-        self.recorder.evaluated(trainer.current_epoch + 1, accuracy)
+        self.recorder.evaluated(float(trainer.callback_metrics["accuracy"]))
 
 
 def train(
@@ -82,12 +81,13 @@ def train(
     """Train a workload with Lightning; see :class:`mosaic_core.training.Train`."""
     loader, evaluation_loader = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
-    recorder = Recorder(epochs * len(loader), report)
+    recorder = Recorder(epochs, len(loader), workload.evaluations, report)
     with _quiet():
         trainer = _trainer(
             "gpu" if torch.cuda.is_available() else "cpu",
             [_Record(recorder), MosaicCallback(recipe, seed=seed)],
             max_epochs=epochs,
+            val_check_interval=len(loader) // workload.evaluations,
         )
         module = _Classifier(workload, seed)
         trainer.fit(module, loader, evaluation_loader)
@@ -145,17 +145,17 @@ def overhead(arm: str, steps: int) -> list[float]:
     return [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
-def _trainer(accelerator: str, callbacks: list[pl.Callback], max_epochs: int) -> pl.Trainer:
+def _trainer(accelerator: str, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator=accelerator,
         devices=1,
-        max_epochs=max_epochs,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **options,
     )
 
 
