@@ -218,6 +218,7 @@ WORKLOADS = (
         model=functools.partial(GPT, tokens=TOKENS, length=LENGTH),
         batch_size=32,
         epochs=5,
+        evaluations=2,
         seeds=1,
         learning_rate=3e-3,
         weight_decay=0.05,

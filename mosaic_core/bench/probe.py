@@ -5,8 +5,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosaic_core.bench import phases
 from mosaic_core.bench.memory import peak_memory, shortened
+from mosaic_core.bench.phases import measure
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Train
 from mosaic_core.workloads import Workload
@@ -42,4 +42,4 @@ def probe(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of how short these trainings are
         memory = peak_memory(functools.partial(train, short, recipe, epochs=1))
-        return Probe(memory, phases.measure(train, workload, recipe, data_dir=data_dir))
+        return Probe(memory, measure(train, workload, recipe, data_dir=data_dir))

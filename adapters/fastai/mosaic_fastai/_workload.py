@@ -46,10 +46,13 @@ class _Record(Callback):  # type: ignore[misc]  # fastai has no types
 
     def evaluate(self) -> None:
         """Evaluate beside fastai, which knows validation at the end of an epoch only."""
+        run = self.mosaic.run
+        if run is None:  # there is one as soon as training begins
+            return
         self.clock.pause()
         self.model.eval()
         right = count = 0
-        with torch.no_grad(), self.mosaic.run.evaluation():
+        with torch.no_grad(), run.evaluation():
             for input, target in self.dls.valid:
                 right += int((self.model(input).argmax(1) == target).sum())
                 count += target.numel()

@@ -69,6 +69,7 @@ def mosaic_workloads() -> "Sequence[Workload]":
             model=_classifier,
             batch_size=32,
             epochs=2,
+            evaluations=3,
             seeds=1,
             learning_rate=1e-4,
             weight_decay=0.01,
