@@ -1,0 +1,80 @@
+"""Numbers and names as the report writes them; every function returns safe HTML."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mosaic_core.bench.statistics import Interval
+
+MISSING = '<span class="missing">not measured</span>'
+
+
+def escape(text: Any) -> str:
+    """Return a text as HTML, also for attributes."""
+    return html.escape(str(text))
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """Return a number with a real minus, and infinity as its sign."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return format(value, form).replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent."""
+    return f"{number(100 * share, '.1f')}&nbsp;%"
+
+
+def ratio(value: Interval, level: float | None) -> str:
+    """Return a speed-up, and its interval unless ``level`` is None."""
+    return _with_ends(f"×{number(value.estimate)}", [value.low, value.high], ".2f", level)
+
+
+def points(value: Interval, level: float | None) -> str:
+    """Return a difference of shares in points of per cent, and its interval."""
+    ends = [100 * value.low, 100 * value.high]
+    return _with_ends(number(100 * value.estimate, "+.2f"), ends, "+.2f", level)
+
+
+def _with_ends(text: str, ends: Sequence[float], form: str, level: float | None) -> str:
+    if level is None:
+        return f'<b>{text}</b> <span class="ends">no interval</span>'
+    low, high = (number(end, form) for end in ends)
+    return f'<b>{text}</b> <span class="ends">[{low}, {high}]</span>'
+
+
+def badge(finding: str) -> str:
+    """Return a finding as its mark and its word, in its colour."""
+    kind = css(finding)
+    return (
+        f'<span class="badge {kind}"><svg class="mark" aria-hidden="true">'
+        f'<use href="#mark-{kind}" x="50%" y="50%"/></svg>{escape(finding)}</span>'
+    )
+
+
+def css(finding: str) -> str:
+    """Return the class of a finding."""
+    return finding.replace(" ", "-")
+
+
+def listed(items: Sequence[str]) -> str:
+    """Return items as prose: commas, and an "and" before the last."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def table(kind: str, heads: Sequence[str], rows: Sequence[str], foot: str = "") -> str:
+    """Return a table that scrolls inside its own box.
+
+    Args:
+        kind: Its class.
+        heads: Cells of the head, HTML; those from the second on may be narrow.
+        rows: ``<tr>`` elements.
+        foot: Rows after the head, such as an axis.
+    """
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr>{foot}'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
