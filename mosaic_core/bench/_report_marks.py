@@ -47,46 +47,52 @@ class Scale:
         return 100 * (value - self.low) / (self.high - self.low)
 
 
-def ratio_scale(intervals: Iterable[Interval]) -> Scale:
-    """Return a logarithmic scale with 1 on it; long intervals run out of it."""
-    known = list(intervals)
+def ratio_scale(intervals: Iterable[Iterable[Interval]]) -> Scale:
+    """Return a logarithmic scale with 1 on it; very long intervals run out of it.
+
+    Args:
+        intervals: Those that stand together, row by row.
+    """
+    known = [interval for row in intervals for interval in row]
     middle = [1.0, *(i.estimate for i in known)]
     ends = [end for i in known for end in (i.low, i.high)]
-    low = max(min([*middle, *ends, 0.92]), min(middle) / 1.6) / 1.03
-    high = min(max([*middle, *ends, 1.08]), max(middle) * 1.6) * 1.03
+    low = max(min([*middle, *ends, 0.92]), min(middle) / 2) / 1.03
+    high = min(max([*middle, *ends, 1.08]), max(middle) * 2) * 1.03
     return Scale(low, high, _few(_RATIOS, low, high), log=True)
 
 
-def difference_scale(intervals: Iterable[Interval], delta: float) -> Scale:
-    """Return a linear scale with 0 and ``-delta`` on it; long intervals run out of it."""
-    known = list(intervals)
-    middle = [0.0, -delta, *(i.estimate for i in known)]
-    ends = [end for i in known for end in (i.low, i.high)]
+def difference_scale(intervals: Sequence[Interval], delta: float) -> Scale:
+    """Return a linear scale with 0 and ``-delta`` on it; very long intervals run out of it."""
+    middle = [0.0, -delta, *(i.estimate for i in intervals)]
+    ends = [end for i in intervals for end in (i.low, i.high)]
     room = max(max(middle) - min(middle), 0.001)
     low = max(min([*middle, *ends, -2 * delta]), min(middle) - room) - room / 10
     high = min(max([*middle, *ends, 2 * delta]), max(middle) + room) + room / 10
-    return linear_scale(low, high)
+    return linear_scale(low, high, most=4)
 
 
-def linear_scale(low: float, high: float) -> Scale:
-    """Return a linear scale with round numbers at its axis."""
+def linear_scale(low: float, high: float, most: int = 5) -> Scale:
+    """Return a linear scale with round numbers at its axis, not too many."""
     power = 10 ** math.floor(math.log10(high - low))
     steps = [power * factor for factor in (0.2, 0.5, 1, 2, 5)]
     wide = ([n * s for n in range(math.ceil(low / s), math.floor(high / s) + 1)] for s in steps)
-    return Scale(low, high, _few(list(wide), low, high))
+    return Scale(low, high, _few(list(wide), low, high, most))
 
 
-def _few(candidates: Sequence[Sequence[float]], low: float, high: float) -> list[float]:
+def _few(
+    candidates: Sequence[Sequence[float]], low: float, high: float, most: int = 5
+) -> list[float]:
     inside = [[tick for tick in ticks if low <= tick <= high] for ticks in candidates]
-    return next((ticks for ticks in inside if len(ticks) <= 5), inside[-1])
+    return next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
 
 
 def axis(scale: Scale, form: str = ".4g", factor: float = 1) -> str:
     """Return the numbers of a scale, each times a factor."""
-    texts = (
-        f'<text x="{_pc(scale.at(tick))}" y="12">{number(factor * tick, form)}</text>'
-        for tick in scale.ticks
-    )
+
+    def write(tick: float) -> str:
+        return number(factor * tick, form) if tick else "0"
+
+    texts = (f'<text x="{_pc(scale.at(tick))}" y="12">{write(tick)}</text>' for tick in scale.ticks)
     return _svg("axis", 16, "", texts)
 
 
@@ -110,8 +116,8 @@ def interval(
         label: What it says, for those who can't see it.
         finding: Gives mark and colour.
         bounded: Whether there is an interval.
-        thin: A second interval.
-        dots: Single pairs.
+        thin: A second interval, which has the same estimate.
+        dots: The same for each pair.
         at: The number that means no difference.
         margin: A loss up to here does not matter.
     """
@@ -120,13 +126,15 @@ def interval(
         parts.append(f'<rect class="lost" width="{_pc(scale.at(margin))}" height="100%"/>')
     parts += [_line(scale, tick, tick, 0, "grid", "100%") for tick in scale.ticks]
     parts.append(_line(scale, at, at, 0, "one", "100%"))
+    middle = 26 if thin is None else 16
     if value is not None:
         if bounded:
-            parts.append(_reach(scale, value, 10, "reach"))
-            parts += [_reach(scale, thin, 18, "thin")] if thin else []
-        parts += [f'<circle class="pair" cx="{_pc(scale.at(dot))}" cy="27" r="2"/>' for dot in dots]
-        parts.append(f'<use href="#mark-{css(finding)}" x="{_pc(scale.at(value.estimate))}" y="10"/>')
-    return _svg(f"strip {css(finding)}", 34, label, parts)
+            parts.append(_reach(scale, value, middle, "reach"))
+            parts += [_reach(scale, thin, 26, "thin")] if thin is not None else []
+        parts += [_reach(scale, Interval(dot, dot, dot), 37, "pair") for dot in dots]
+        x = _pc(scale.at(value.estimate))
+        parts.append(f'<use href="#mark-{css(finding)}" x="{x}" y="{middle}"/>')
+    return _svg(f"strip {css(finding)}", 52, label, parts)
 
 
 def _reach(scale: Scale, value: Interval, y: int, kind: str) -> str:

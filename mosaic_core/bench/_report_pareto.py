@@ -68,7 +68,7 @@ def pareto(name: str, points: Sequence[Point], title: str) -> str:
         points: The arms.
         title: What the picture shows, for those who can't see it.
     """
-    figure, ax = new_axes((400, 280), left=34)
+    figure, ax = new_axes((360, 240), left=34, bottom=34)
     best = front(points)
     for recipe in dict.fromkeys(point.recipe for point in points):
         same = sorted(point.at for point in points if point.recipe == recipe)
@@ -97,31 +97,41 @@ def _point(ax: "Axes", point: Point) -> None:
 
 
 def _limits(ax: "Axes", points: Sequence[Point]) -> None:
-    """Leave room for names, and for the middle of every arm rather than for all of its bars."""
+    """Leave room for names, and for bars unless they are much longer than arms are apart."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    seconds, accuracy = zip(*(point.at for point in points), strict=True)
-    if max(seconds) > 4 * min(seconds):
+    low, high = _extent([point.seconds for point in points])
+    if high > 4 * low > 0:
         ax.set_xscale("log")
-        ax.set_xlim(min(seconds) / 1.3, max(seconds) * 1.7)
+        ax.set_xlim(low / 1.2, high * 1.6)
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(which="minor", length=0)
     else:
-        width = max(max(seconds) - min(seconds), 0.1 * max(seconds))
-        ax.set_xlim(min(seconds) - 0.15 * width, max(seconds) + 0.3 * width)
-    height = max(max(accuracy) - min(accuracy), 0.5)
-    ax.set_ylim(min(accuracy) - 0.2 * height, max(accuracy) + 0.22 * height)
+        width = max(high - low, 0.1 * high)
+        ax.set_xlim(low - 0.08 * width, high + 0.25 * width)
+    low, high = _extent([point.accuracy for point in points])
+    height = max(high - low, 0.005)
+    top = min(high + 0.12 * height, 1.01)  # a bar may pass 1, an accuracy doesn't
+    ax.set_ylim(100 * (low - 0.08 * height), 100 * top)
+
+
+def _extent(intervals: Sequence[Interval]) -> tuple[float, float]:
+    middle = [interval.estimate for interval in intervals]
+    low, high = min(middle), max(middle)
+    room = max(high - low, 0.05 * high)
+    ends = [end for i in intervals for end in (i.low, i.high) if math.isfinite(end)]
+    return max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
 
 
 # Names beside points.
 
 _SIZE = 8.5
 _SIDES = (
-    *(("left", 7, dy) for dy in (0, 7, -7)),
-    *(("right", -7, dy) for dy in (0, 7, -7)),
-    *(("center", 0, dy) for dy in (11, -11)),
+    *(("left", 6, dy) for dy in (7, -7, 0)),
+    *(("right", -6, dy) for dy in (7, -7, 0)),
+    *(("center", 0, dy) for dy in (12, -12)),
 )
 
 _Box = tuple[float, float, float, float]

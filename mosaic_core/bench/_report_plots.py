@@ -64,7 +64,7 @@ def curves(
     floor: float,
     label: str,
     title: str,
-    small: bool,
+    size: tuple[float, float],
 ) -> str:
     """Return accuracy over a clock: the mean of each arm, and a thin line for each run.
 
@@ -76,11 +76,11 @@ def curves(
         clock: What stands on the horizontal axis.
         target: Accuracy to reach.
         floor: Accuracy to begin at, unless a run ends below.
-        label: Text of the horizontal axis.
+        label: Text of the horizontal axis, which may be empty.
         title: What the picture shows, for those who can't see it.
-        small: Whether there are many of them.
+        size: Width and height in points.
     """
-    figure, ax = new_axes((200, 150) if small else (380, 240), left=30)
+    figure, ax = new_axes(size, left=30, bottom=34 if label else 20)
     for colour, records in arms.items():
         for record in records:
             _curve(ax, record.evaluations, clock, lw=0.6, alpha=0.35, color=COLOURS[colour])
@@ -98,7 +98,7 @@ def curves(
     ax.set_ylim(100 * (low - room / 2), 100 * min(1 + room / 4, high + room))
     ax.set_xlim(0, 1.02 * max(clock(record.evaluations[-1]) for record in every))
     ax.set_xlabel(label, color=COLOURS["muted"])
-    ax.locator_params(nbins=4 if small else 6)
+    ax.locator_params(nbins=4 if size[0] < 250 else 6)
     return to_svg(figure, name, title)
 
 
@@ -119,17 +119,18 @@ def floor(runs: Iterable[Record]) -> float:
 # Pictures in a page.
 
 
-def new_axes(size: tuple[float, float], left: float) -> tuple["Figure", "Axes"]:
+def new_axes(size: tuple[float, float], left: float, bottom: float) -> tuple["Figure", "Axes"]:
     """Return axes with margins of fixed width, so that pictures side by side line up.
 
     Args:
         size: Width and height in points.
         left: Margin for the numbers on the left.
+        bottom: Margin for those below and the text of the axis.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     width, height = size
-    right, top, bottom = 6, 8, 34
+    right, top = 6, 8
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     ax = figure.add_axes(
         (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
@@ -141,7 +142,7 @@ def new_axes(size: tuple[float, float], left: float) -> tuple["Figure", "Axes"]:
     ax.grid(color=COLOURS["grid"], lw=0.6)
     ax.set_axisbelow(True)
     ax.tick_params("both", length=0, labelcolor=COLOURS["muted"], labelsize=9, pad=4)
-    ax.xaxis.label.set_size(9)
+    ax.xaxis.label.set_fontsize(9)
     return figure, ax
 
 

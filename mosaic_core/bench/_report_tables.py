@@ -10,12 +10,14 @@ from mosaic_core.bench._report_text import (
     badge,
     escape,
     number,
+    p_value,
     percent,
     points,
     ratio,
     table,
 )
 from mosaic_core.bench.comparison import Comparison
+from mosaic_core.bench.statistics import Interval
 from mosaic_core.bench.tuning import Trial
 from mosaic_core.demo import brief
 
@@ -23,65 +25,75 @@ from mosaic_core.demo import brief
 def forest(comparison: Comparison) -> str:
     """Return a row for each recipe: its speed-up and what becomes of the accuracy."""
     verdicts, delta = comparison.verdicts, comparison.plan.delta
-    several = len(comparison.plan.seeds) > 1
     speed = marks.ratio_scale(
-        i for v in verdicts.values() for i in (v.seconds.ratio, v.seconds.bca) if v.seconds.pairs
+        (v.seconds.ratio, v.seconds.bca, *(Interval(1, r, r) for r in ratios(comparison, arm)))
+        for arm, v in verdicts.items()
+        if v.seconds.pairs
     )
-    gain = marks.difference_scale((v.accuracy.gain for v in verdicts.values()), delta)
-    rows = []
-    for arm in ranked(comparison):
-        verdict = verdicts[arm]
-        seconds, change = verdict.seconds, verdict.accuracy.gain
-        level = verdict.level if several else None
-        known = seconds.pairs > 0
-        nothing = '<span class="missing">no run reached the target</span>'
-        p = f"p&nbsp;=&nbsp;{verdict.adjusted_p:.2g}" if several and known else ""
-        strip = marks.interval(
+    gain = marks.difference_scale([v.accuracy.gain for v in verdicts.values()], delta)
+    heads = [
+        "Recipe",
+        "Speed-up to the target",
+        "in time",
+        "in steps",
+        "per step",
+        "p",
+        "misses",
+        "Final accuracy",
+        "difference",
+    ]
+    axes = [
+        "<td></td>",
+        f'<td class="picture a" data-label="speed-up">{marks.axis(speed)}</td>',
+        "<td></td>" * 5,
+        f'<td class="picture b" data-label="accuracy">{marks.axis(gain, "+.3g", 100)}</td>',
+        "<td></td>",
+    ]
+    rows = [_verdict(comparison, arm, speed, gain) for arm in ranked(comparison)]
+    return table("forest", "Speed-up of each recipe", heads, rows, "".join(axes))
+
+
+def _verdict(comparison: Comparison, arm: str, speed: marks.Scale, gain: marks.Scale) -> str:
+    verdict = comparison.verdicts[arm]
+    seconds, steps, change = verdict.seconds, verdict.steps, verdict.accuracy.gain
+    several, known = verdict.seeds > 1, seconds.pairs > 0
+    level = verdict.level if several else None
+    pictures = (
+        marks.interval(
             speed,
             seconds.ratio if known else None,
-            f"speed-up {seconds.ratio.estimate:.2f}" if known else "no run reached the target",
+            f"speed-up {seconds.ratio.estimate:.2f}" if known else "unknown",
             finding=verdict.finding,
             bounded=several,
             thin=seconds.bca,
             dots=ratios(comparison, arm),
-        )
-        change_strip = marks.interval(
+        ),
+        marks.interval(
             gain,
             change,
             f"final accuracy {100 * change.estimate:+.2f} points",
             finding=verdict.finding,
             bounded=several,
             at=0,
-            margin=-delta,
-        )
-        rows.append(
-            f'<tr><th scope="row"><span class="name">{escape(arm)}</span>'
-            f"{badge(verdict.finding)}</th>"
-            f'<td class="picture a">{strip}</td>'
-            f'<td class="number a" data-label="in time">'
-            f"{ratio(seconds.ratio, level) if known else nothing}"
-            f' <span class="ends">{p}</span></td>'
-            f'<td class="number" data-label="in steps">'
-            f"{ratio(verdict.steps.ratio, level) if known else '–'}</td>"
-            f'<td class="number" data-label="per step"><b>×{number(verdict.per_step)}</b></td>'
-            f'<td class="picture b">{change_strip}</td>'
-            f'<td class="number b" data-label="accuracy">{points(change, level)}</td></tr>'
-        )
-    heads = [
-        "Recipe",
-        "Speed-up to the target",
-        "in time",
-        "in steps",
-        "time per step",
-        f"Final accuracy, points; shaded: a loss of {number(100 * delta, '.3g')} or more",
-        "difference",
-    ]
-    axes = (
-        f'<tr class="axes"><td></td><td class="picture a">{marks.axis(speed)}</td>'
-        f'<td></td><td></td><td></td><td class="picture b">{marks.axis(gain, "+.3g", 100)}</td>'
-        "<td></td></tr>"
+            margin=-verdict.accuracy.delta,
+        ),
     )
-    return table("forest", heads, rows, axes)
+    cells = {
+        "in time": ratio(seconds.ratio, level) if known else "&ndash;",
+        "in steps": ratio(steps.ratio, level) if known else "&ndash;",
+        "per step": f"<b>&times;{number(verdict.per_step)}</b>",
+        "p": p_value(verdict.adjusted_p) if several and known else "&ndash;",
+        "misses": "{}&nbsp;/&nbsp;{}".format(*seconds.misses),
+    }
+    return (
+        f'<tr><th scope="row"><span class="name">{escape(arm)}</span> {badge(verdict.finding)}</th>'
+        f'<td class="picture a">{pictures[0]}</td>'
+        + "".join(
+            f'<td class="number" data-label="{name}">{text}</td>' for name, text in cells.items()
+        )
+        + f'<td class="picture b">{pictures[1]}</td>'
+        f'<td class="number" data-label="accuracy">{points(change, level)}</td></tr>'
+    )
 
 
 def steps(comparison: Comparison) -> str:
@@ -102,12 +114,11 @@ def steps(comparison: Comparison) -> str:
         rows.append(
             f'<tr><th scope="row">{escape(arm)}</th><td class="picture">{picture}</td>'
             f'<td class="number"><b>{number(totals[arm])}</b></td>'
-            f'<td class="number">×{number(totals[arm] / first)}</td>'
+            f'<td class="number">&times;{number(totals[arm] / first)}</td>'
             f'<td class="number">{number(used, ".1f") if used is not None else MISSING}</td></tr>'
         )
     heads = ["Arm", "Phases of a step, ms", "ms/step", "of baseline", "MiB"]
-    axis = f'<tr class="axes"><td></td><td class="picture">{marks.axis(scale)}</td>'
-    return table("steps", heads, rows, axis + "<td></td><td></td><td></td></tr>")
+    return table("steps", "Time of a step", heads, rows, _axis(scale))
 
 
 def legend(comparison: Comparison) -> str:
@@ -128,10 +139,10 @@ def arms(comparison: Comparison, price: float | None) -> str:
         found = outcomes(comparison, arm)
         seconds = statistics.mean(record.seconds for record in records)
         used, pairs = memory(records), len(records)
-        turns = "–" if arm == plan.baseline else f"{comparison.in_turns(arm)} of {pairs}"
+        turns = "&ndash;" if arm == plan.baseline else f"{comparison.in_turns(arm)} of {pairs}"
         cells = [
             str(of.epochs),
-            ", ".join(f"{escape(k)}&nbsp;{escape(v)}" for k, v in of.settings.items()) or "–",
+            ", ".join(f"{escape(k)}&nbsp;{escape(v)}" for k, v in of.settings.items()) or "&ndash;",
             _mean(comparison.final(arm)),
             number(comparison.ms_per_step(arm)),
             number(seconds, ".1f"),
@@ -158,7 +169,7 @@ def arms(comparison: Comparison, price: float | None) -> str:
         "reached target",
         "pairs in turns",
     ]
-    return table("arms", heads, rows)
+    return table("arms", "All arms", heads, rows)
 
 
 def trials(comparison: Comparison) -> str:
@@ -181,13 +192,16 @@ def trials(comparison: Comparison) -> str:
             f'<td class="number">{percent(of[0].accuracy)}</td></tr>'
         )
     heads = ["Arm", "Final accuracy of each trial, %", "best", "with", "untuned"]
-    axis = f'<tr class="axes"><td></td><td class="picture">{marks.axis(scale)}</td>'
-    return table("trials", heads, rows, axis + "<td></td><td></td><td></td></tr>")
+    return table("trials", "Trials of tuning", heads, rows, _axis(scale))
+
+
+def _axis(scale: marks.Scale) -> str:
+    return f'<td></td><td class="picture">{marks.axis(scale)}</td>' + "<td></td>" * 3
 
 
 def _point(trial: Trial) -> str:
     texts = (f"{escape(k)}&nbsp;{escape(v)}" for k, v in trial.settings.items())
-    return ", ".join(texts) or "the workload’s own settings"
+    return ", ".join(texts) or "the workload&rsquo;s own settings"
 
 
 def _mean(shares: Sequence[float]) -> str:
@@ -195,5 +209,3 @@ def _mean(shares: Sequence[float]) -> str:
     if len(shares) == 1:
         return f"<b>{mean}</b>"
     return f'<b>{mean}</b> <span class="ends">±&nbsp;{100 * statistics.stdev(shares):.2f}</span>'
-
-

@@ -18,8 +18,8 @@ def escape(text: Any) -> str:
 def number(value: float, form: str = ".2f") -> str:
     """Return a number with a real minus, and infinity as its sign."""
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return format(value, form).replace("-", "−")
+        return "∞" if value > 0 else "&minus;∞"
+    return format(value, form).replace("-", "&minus;")
 
 
 def percent(share: float) -> str:
@@ -29,7 +29,7 @@ def percent(share: float) -> str:
 
 def ratio(value: Interval, level: float | None) -> str:
     """Return a speed-up, and its interval unless ``level`` is None."""
-    return _with_ends(f"×{number(value.estimate)}", [value.low, value.high], ".2f", level)
+    return _with_ends(f"&times;{number(value.estimate)}", [value.low, value.high], ".2f", level)
 
 
 def points(value: Interval, level: float | None) -> str:
@@ -59,22 +59,30 @@ def css(finding: str) -> str:
     return finding.replace(" ", "-")
 
 
+def p_value(p: float) -> str:
+    """Return a p-value; very small ones depend on the tails of a distribution too much to tell."""
+    return f"{p:.2g}" if p >= 1e-4 else "&lt;&nbsp;0.0001"
+
+
 def listed(items: Sequence[str]) -> str:
     """Return items as prose: commas, and an "and" before the last."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
-def table(kind: str, heads: Sequence[str], rows: Sequence[str], foot: str = "") -> str:
+def table(kind: str, label: str, heads: Sequence[str], rows: Sequence[str], axes: str = "") -> str:
     """Return a table that scrolls inside its own box.
 
     Args:
         kind: Its class.
-        heads: Cells of the head, HTML; those from the second on may be narrow.
+        label: What it is, for those who can't see it.
+        heads: Cells of the head, HTML.
         rows: ``<tr>`` elements.
-        foot: Rows after the head, such as an axis.
+        axes: Cells below the head, HTML.
     """
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    second = f'<tr class="axes">{axes}</tr>' if axes else ""
     return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr>{foot}'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">'
+        f'<table class="{kind}"><thead><tr>{head}</tr>{second}</thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -2,8 +2,6 @@
 
 import math
 import string
-from collections import Counter
-from collections.abc import Sequence
 from importlib import resources
 
 from mosaic_core.bench import _report_pareto as pareto
@@ -13,11 +11,12 @@ from mosaic_core.bench._report_data import FINDINGS, embedded, outcomes, ranked
 from mosaic_core.bench._report_text import badge, css, escape, listed, number, percent
 from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.statistics import t_interval
+from mosaic_core.bench.verdict import Verdict
 
 __all__ = ["to_html"]
 
 FEW = 3
-"""Recipes whose curves are drawn large, side by side for each clock."""
+"""So many recipes have their curves side by side; twice as many, their sentences at the top."""
 
 
 def to_html(comparison: Comparison, *, price: float | None = None) -> str:
@@ -33,7 +32,7 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
     """
     if price is not None and not 0 < price < math.inf:
         raise ValueError(f"to_html: price must be positive and finite, got {price}")
-    plan = comparison.plan
+    plan, many = comparison.plan, len(comparison.verdicts) > 2 * FEW
     with plots.drawing():
         curves, front = _curves(comparison, price), _pareto(comparison)
     template = resources.files("mosaic_core.bench").joinpath("report.html")
@@ -41,10 +40,11 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         title=escape(f"{plan.workload.name} with {plan.trainer}"),
         headline=_headline(comparison),
-        verdicts=_verdicts(comparison),
+        found=_tally(comparison) if many else _sentences(comparison),
         facts=_facts(comparison),
         notes=_notes(comparison),
         forest=tables.forest(comparison),
+        sentences=f"<h3>In words</h3>{_sentences(comparison)}" if many else "",
         curves=curves,
         pareto=front,
         steps=tables.steps(comparison),
@@ -79,86 +79,95 @@ def _headline(comparison: Comparison) -> str:
     }[verdict.finding]
 
 
-def _verdicts(comparison: Comparison) -> str:
-    """Return a sentence for each recipe, those of one finding together."""
+def _tally(comparison: Comparison) -> str:
+    """Return the names of the recipes of each finding, with what is found."""
     verdicts, items = comparison.verdicts, []
     for finding in FINDINGS:
-        for arm in ranked(comparison):
-            if verdicts[arm].finding == finding:
-                items.append(
-                    f'<li>{badge(finding)}<p><b class="name">{escape(arm)}</b>'
-                    f" {escape(verdicts[arm])}</p></li>"
-                )
-    counts = Counter(verdict.finding for verdict in verdicts.values())
-    tally = "".join(
-        f'<span class="count {css(finding)}"><b>{counts[finding]}</b> {badge(finding)}</span>'
+        of = [arm for arm in ranked(comparison) if verdicts[arm].finding == finding]
+        names = (
+            f'<span class="name">{escape(arm)}</span>&nbsp;{_figure(verdicts[arm])}' for arm in of
+        )
+        items.append(
+            f'<li class="{css(finding)}"><b class="count">{len(of)}</b> {badge(finding)}'
+            f"<p>{', '.join(names) or '&ndash;'}</p></li>"
+        )
+    return f'<ol class="tally">{"".join(items)}</ol>'
+
+
+def _figure(verdict: Verdict) -> str:
+    if verdict.finding == "less accurate":
+        return f"{number(100 * verdict.accuracy.gain.estimate, '+.1f')}&nbsp;points"
+    return f"&times;{number(verdict.seconds.ratio.estimate)}" if verdict.seconds.pairs else ""
+
+
+def _sentences(comparison: Comparison) -> str:
+    """Return a sentence for each recipe, those of one finding together."""
+    verdicts = comparison.verdicts
+    items = (
+        f'<li>{badge(finding)}<p><b class="name">{escape(arm)}</b> {escape(verdicts[arm])}</p></li>'
         for finding in FINDINGS
-        if len(verdicts) > 1
+        for arm in ranked(comparison)
+        if verdicts[arm].finding == finding
     )
-    size = "many" if len(verdicts) > 2 * FEW else "few"
-    return f'<p class="tally">{tally}</p><ol class="verdicts {size}">{"".join(items)}</ol>'
+    return f'<ol class="verdicts">{"".join(items)}</ol>'
 
 
 def _facts(comparison: Comparison) -> str:
     plan, every = comparison.plan, [r for rs in comparison.records.values() for r in rs]
     fixed = (
-        f"the median of the final accuracies of {escape(plan.baseline)}, which no recipe influences"
+        f"the median of the final ones of {escape(plan.baseline)}, which no recipe influences"
         if plan.target is None
-        else "given before the runs"
+        else "fixed before the runs"
     )
-    dates = sorted({str(record.environment.get("date", "unknown date")) for record in every})
-    machines = [_environment(record.environment) for record in every]
+    seeds = list(plan.seeds)
+    ordered = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    named = f"{seeds[0]} to {seeds[-1]}" if ordered else listed([str(seed) for seed in seeds])
+    dates = sorted({str(record.environment.get("date", "unknown")) for record in every})
     facts = {
         "Workload": f"<b>{escape(plan.workload.name)}</b>, {escape(plan.workload.title)}",
         "Trainer": f"<b>{escape(plan.trainer)}</b>",
-        "Seeds": f"<b>{len(plan.seeds)}</b>, the same for all arms: "
-        + escape(", ".join(map(str, plan.seeds))),
+        "Seeds": f"<b>{len(seeds)}</b>, the same for all arms: {named}",
         "Target": f"<b>{percent(comparison.target)}</b> accuracy, {fixed}",
-        "Margin": f"<b>{number(100 * plan.delta, '.3g')} points</b> of final accuracy may be lost",
-        "Date": " to ".join(dict.fromkeys([dates[0], dates[-1]])),
-        "Environment": "<br>".join(dict.fromkeys(machines)),
+        "Margin": f"<b>{number(100 * plan.delta, '.3g')} points</b> of accuracy do not matter",
+        "Date": escape(" to ".join(dict.fromkeys([dates[0], dates[-1]]))),
+        "Environment": "<br>".join(map(escape, _environments(comparison))),
     }
     return "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items())
 
 
-def _environment(environment: object) -> str:
-    items = dict(environment) if isinstance(environment, dict) else {}
-    items.pop("date", None)
-    machine = items.pop("machine", "unknown machine")
-    return escape(", ".join([str(machine), *(f"{name} {value}" for name, value in items.items())]))
+def _environments(comparison: Comparison) -> list[str]:
+    """Return machines and versions, each once."""
+    found: dict[str, None] = {}
+    for record in (record for records in comparison.records.values() for record in records):
+        rest = {k: v for k, v in record.environment.items() if k not in ("date", "machine")}
+        machine = str(record.environment.get("machine", "unknown machine"))
+        found[", ".join([machine, *(f"{name} {value}" for name, value in rest.items())])] = None
+    return list(found)
 
 
 def _notes(comparison: Comparison) -> str:
     """Return what a sceptic would ask first."""
-    plan, records = comparison.plan, comparison.records
-    seeds, notes = len(plan.seeds), []
-    if seeds == 1:
-        notes.append("One seed shows no spread: there are no intervals, and nothing is found.")
-    elif seeds < 5:
-        notes.append(f"{seeds} seeds are few: the intervals are wide, and rest on normality.")
-    apart = {
-        arm: seeds - comparison.in_turns(arm) for arm in comparison.verdicts
-    }
-    pairs = seeds * len(apart)
-    if sum(apart.values()) == pairs:
-        notes.append("No run took turns with its baseline: a drift of the machine is in the times.")
-    elif any(apart.values()):
-        notes.append(f"{sum(apart.values())} of {pairs} pairs did not take turns, so a drift of the machine may be in their times.")
-    machines = {_environment(r.environment) for rs in records.values() for r in rs}
-    if len(machines) > 1:
-        notes.append(f"The runs come from {len(machines)} different environments.")
+    plan, seeds = comparison.plan, len(comparison.plan.seeds)
+    pairs = seeds * len(comparison.verdicts)
+    apart = pairs - sum(comparison.in_turns(arm) for arm in comparison.verdicts)
+    machines = len(_environments(comparison))
     missed = [arm for arm in plan.arms if not any(o.reached for o in outcomes(comparison, arm))]
-    if len(missed) == len(plan.arms):
-        notes.append("No run of any arm reached the target, so there is no time to compare.")
-    elif missed:
-        notes.append(f"No run of {escape(listed(missed))} reached the target.")
+    nobody = len(missed) == len(plan.arms)
     lengths = {arm.epochs for arm in plan.arms.values()}
-    if len(lengths) > 1:
-        notes.append("Arms differ in their number of epochs; each schedule decays over its own.")
-    if not notes:
-        return ""
-    items = "".join(f"<li>{note}</li>" for note in notes)
-    return f'<aside class="notes"><h3>Mind</h3><ul>{items}</ul></aside>'
+    notes = {
+        "One seed shows no spread: there are no intervals, and nothing can be found.": seeds == 1,
+        f"{seeds} seeds are few: intervals are wide, and rest on a normal distribution.": 1
+        < seeds
+        < 5,
+        f"{apart} of {pairs} pairs did not take turns, so their times hold what the machine did"
+        " meanwhile.": apart,
+        f"The runs come from {machines} different environments.": machines > 1,
+        "No run of any arm reached the target, so there is no time to compare.": nobody,
+        f"No run of {escape(listed(missed))} reached the target.": missed and not nobody,
+        "Arms differ in epochs, and each schedule decays over its own.": len(lengths) > 1,
+    }
+    items = "".join(f"<li>{note}</li>" for note, holds in notes.items() if holds)
+    return f'<aside class="notes"><h3>Mind that</h3><ul>{items}</ul></aside>' if items else ""
 
 
 # Plots.
@@ -183,9 +192,9 @@ def _curves(comparison: Comparison, price: float | None) -> str:
             clocks[label],
             target=comparison.target,
             floor=floor,
-            label=label,
+            label=label if few else "",
             title=f"accuracy of {arm} and of {plan.baseline} over {label}",
-            small=not few,
+            size=((380, 240) if price is None else (290, 200)) if few else (200, 135),
         )
         head = f'<b class="name">{escape(arm)}</b> {badge(finding)}'
         return f"<figure><figcaption>{head}</figcaption>{picture}</figure>"
@@ -193,19 +202,24 @@ def _curves(comparison: Comparison, price: float | None) -> str:
     arms = list(enumerate(ranked(comparison)))
     if few:
         panels = "".join(panel(label, n, arm) for n, arm in arms for label in clocks)
-        return f'<div class="panels few">{panels}</div>'
-    return "".join(
-        f"<h3>Accuracy over {escape(label)}</h3>"
-        f'<div class="panels many">{"".join(panel(label, n, arm) for n, arm in arms)}</div>'
-        for label in clocks
-    )
+        return f'<div class="panels clocks-{len(clocks)}">{panels}</div>'
+    parts: list[str] = []
+    for label in clocks:
+        panels = "".join(panel(label, n, arm) for n, arm in arms)
+        parts.append(
+            f'<details class="plain"{"" if parts else " open"}><summary>Over {label}</summary>'
+            f'<div class="panels many">{panels}</div></details>'
+        )
+    return "".join(parts)
 
 
 def _pareto(comparison: Comparison) -> str:
     points = [
         pareto.Point(
             name=name,
-            finding=comparison.verdicts[name].finding if name in comparison.verdicts else "baseline",
+            finding=comparison.verdicts[name].finding
+            if name in comparison.verdicts
+            else "baseline",
             seconds=t_interval([record.seconds for record in comparison.records[name]]),
             accuracy=t_interval(comparison.final(name)),
             recipe=arm.recipe.to_yaml(),
@@ -219,7 +233,8 @@ def _pareto(comparison: Comparison) -> str:
     below = listed([f"{p.name} ({p.at[1]:.1f} % after {p.at[0]:.0f} s)" for p in out])
     left = f" Below the picture: {escape(below)}." if out else ""
     return (
-        f'<figure class="pareto">{picture}<figcaption>On the front: {escape(listed(best))}.'
+        f'<figure class="pareto">{picture}<figcaption>On the front: {escape(listed(best))};'
+        " of arms whose intervals overlap either may be."
         f"{left}</figcaption></figure>"
     )
 
@@ -227,13 +242,14 @@ def _pareto(comparison: Comparison) -> str:
 def _trials(comparison: Comparison) -> str:
     if not comparison.trials:
         return ""
-    of = listed(list(comparison.trials))
-    return (
-        '<section id="tuning"><h2>Tuning</h2><p>Every arm listed had the same trials, on a seed that'
-        " no comparison uses. A hollow dot is the workload’s own settings, a ring the best trial,"
-        f" which the runs of the arm use.</p>{tables.trials(comparison)}</section>"
-        if of
-        else ""
+    tuned, plan = list(comparison.trials), comparison.plan
+    who = (
+        f"Only {escape(plan.baseline)} was tuned, and its settings went to all arms."
+        if tuned == [plan.baseline]
+        else "Every arm had the same trials."
     )
-
-
+    return (
+        f'<section id="tuning"><h2>Tuning</h2><p>{who} A trial is one run, on a seed that no'
+        " comparison uses. The hollow dot is the workload&rsquo;s own settings, the ring the best"
+        f" trial, whose settings the runs have.</p>{tables.trials(comparison)}</section>"
+    )
