@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from mosaic_core.bench.censoring import Outcome, time_to_target
 from mosaic_core.bench.comparison import Comparison
@@ -85,8 +86,7 @@ def embedded(comparison: Comparison) -> str:
             for arm, records in comparison.records.items()
         },
         "trials": {
-            arm: [[dict(trial.settings), trial.accuracy] for trial in trials]
-            for arm, trials in comparison.trials.items()
+            arm: [asdict(trial) for trial in trials] for arm, trials in comparison.trials.items()
         },
     }
     text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)

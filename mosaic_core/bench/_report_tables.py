@@ -14,11 +14,11 @@ from mosaic_core.bench._report_text import (
     percent,
     points,
     ratio,
+    settings,
     table,
 )
 from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.statistics import Interval
-from mosaic_core.bench.tuning import Trial
 from mosaic_core.demo import brief
 
 
@@ -57,7 +57,6 @@ def _verdict(comparison: Comparison, arm: str, speed: marks.Scale, gain: marks.S
     verdict = comparison.verdicts[arm]
     seconds, steps, change = verdict.seconds, verdict.steps, verdict.accuracy.gain
     several, known = verdict.seeds > 1, seconds.pairs > 0
-    level = verdict.level if several else None
     pictures = (
         marks.interval(
             speed,
@@ -79,8 +78,8 @@ def _verdict(comparison: Comparison, arm: str, speed: marks.Scale, gain: marks.S
         ),
     )
     cells = {
-        "in time": ratio(seconds.ratio, level) if known else "&ndash;",
-        "in steps": ratio(steps.ratio, level) if known else "&ndash;",
+        "in time": ratio(seconds.ratio, several) if known else "&ndash;",
+        "in steps": ratio(steps.ratio, several) if known else "&ndash;",
         "per step": f"<b>&times;{number(verdict.per_step)}</b>",
         "p": p_value(verdict.adjusted_p) if several and known else "&ndash;",
         "misses": "{}&nbsp;/&nbsp;{}".format(*seconds.misses),
@@ -92,7 +91,7 @@ def _verdict(comparison: Comparison, arm: str, speed: marks.Scale, gain: marks.S
             f'<td class="number" data-label="{name}">{text}</td>' for name, text in cells.items()
         )
         + f'<td class="picture b">{pictures[1]}</td>'
-        f'<td class="number" data-label="accuracy">{points(change, level)}</td></tr>'
+        f'<td class="number" data-label="accuracy">{points(change, several)}</td></tr>'
     )
 
 
@@ -142,7 +141,7 @@ def arms(comparison: Comparison, price: float | None) -> str:
         turns = "&ndash;" if arm == plan.baseline else f"{comparison.in_turns(arm)} of {pairs}"
         cells = [
             str(of.epochs),
-            ", ".join(f"{escape(k)}&nbsp;{escape(v)}" for k, v in of.settings.items()) or "&ndash;",
+            settings(of.settings) or "&ndash;",
             _mean(comparison.final(arm)),
             number(comparison.ms_per_step(arm)),
             number(seconds, ".1f"),
@@ -179,7 +178,7 @@ def trials(comparison: Comparison) -> str:
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.01
     scale = marks.linear_scale(100 * (low - room), 100 * (high + room))
-    rows = []
+    rows, own = [], "the workload&rsquo;s own settings"
     for arm, of in tried.items():
         best = max(range(len(of)), key=lambda n, of=of: of[n].accuracy)  # type: ignore[misc]
         accuracies = [100 * trial.accuracy for trial in of]
@@ -188,7 +187,7 @@ def trials(comparison: Comparison) -> str:
             f'<tr><th scope="row">{escape(arm)}</th>'
             f'<td class="picture">{marks.dots(scale, accuracies, best, label)}</td>'
             f'<td class="number"><b>{percent(of[best].accuracy)}</b></td>'
-            f'<td class="number">{_point(of[best])}</td>'
+            f'<td class="number">{settings(of[best].settings) or own}</td>'
             f'<td class="number">{percent(of[0].accuracy)}</td></tr>'
         )
     heads = ["Arm", "Final accuracy of each trial, %", "best", "with", "untuned"]
@@ -197,11 +196,6 @@ def trials(comparison: Comparison) -> str:
 
 def _axis(scale: marks.Scale) -> str:
     return f'<td></td><td class="picture">{marks.axis(scale)}</td>' + "<td></td>" * 3
-
-
-def _point(trial: Trial) -> str:
-    texts = (f"{escape(k)}&nbsp;{escape(v)}" for k, v in trial.settings.items())
-    return ", ".join(texts) or "the workload&rsquo;s own settings"
 
 
 def _mean(shares: Sequence[float]) -> str:

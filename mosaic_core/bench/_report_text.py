@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mosaic_core.bench.statistics import Interval
@@ -27,22 +27,20 @@ def percent(share: float) -> str:
     return f"{number(100 * share, '.1f')}&nbsp;%"
 
 
-def ratio(value: Interval, level: float | None) -> str:
-    """Return a speed-up, and its interval unless ``level`` is None."""
-    return _with_ends(f"&times;{number(value.estimate)}", [value.low, value.high], ".2f", level)
+def ratio(value: Interval, bounded: bool) -> str:
+    """Return a speed-up, and its interval if there is one."""
+    return _estimate(f"&times;{number(value.estimate)}", value.low, value.high, ".2f", bounded)
 
 
-def points(value: Interval, level: float | None) -> str:
-    """Return a difference of shares in points of per cent, and its interval."""
-    ends = [100 * value.low, 100 * value.high]
-    return _with_ends(number(100 * value.estimate, "+.2f"), ends, "+.2f", level)
+def points(value: Interval, bounded: bool) -> str:
+    """Return a difference of shares in points of per cent, and its interval if there is one."""
+    text, form = number(100 * value.estimate, "+.2f"), "+.2f"
+    return _estimate(text, 100 * value.low, 100 * value.high, form, bounded)
 
 
-def _with_ends(text: str, ends: Sequence[float], form: str, level: float | None) -> str:
-    if level is None:
-        return f'<b>{text}</b> <span class="ends">no interval</span>'
-    low, high = (number(end, form) for end in ends)
-    return f'<b>{text}</b> <span class="ends">[{low}, {high}]</span>'
+def _estimate(text: str, low: float, high: float, form: str, bounded: bool) -> str:
+    ends = f"[{number(low, form)}, {number(high, form)}]" if bounded else "no interval"
+    return f'<b>{text}</b> <span class="ends">{ends}</span>'
 
 
 def badge(finding: str) -> str:
@@ -67,6 +65,11 @@ def p_value(p: float) -> str:
 def listed(items: Sequence[str]) -> str:
     """Return items as prose: commas, and an "and" before the last."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Return settings by name in a line."""
+    return ", ".join(f"{escape(name)}&nbsp;{escape(value)}" for name, value in values.items())
 
 
 def table(kind: str, label: str, heads: Sequence[str], rows: Sequence[str], axes: str = "") -> str:

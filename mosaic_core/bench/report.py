@@ -8,7 +8,7 @@ from mosaic_core.bench import _report_pareto as pareto
 from mosaic_core.bench import _report_plots as plots
 from mosaic_core.bench import _report_tables as tables
 from mosaic_core.bench._report_data import FINDINGS, embedded, outcomes, ranked
-from mosaic_core.bench._report_text import badge, css, escape, listed, number, percent
+from mosaic_core.bench._report_text import badge, css, escape, listed, number, percent, settings
 from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.statistics import t_interval
 from mosaic_core.bench.verdict import Verdict
@@ -129,6 +129,7 @@ def _facts(comparison: Comparison) -> str:
         "Seeds": f"<b>{len(seeds)}</b>, the same for all arms: {named}",
         "Target": f"<b>{percent(comparison.target)}</b> accuracy, {fixed}",
         "Margin": f"<b>{number(100 * plan.delta, '.3g')} points</b> of accuracy do not matter",
+        "Settings": settings(plan.workload.settings) + ", unless an arm has its own",
         "Date": escape(" to ".join(dict.fromkeys([dates[0], dates[-1]]))),
         "Environment": "<br>".join(map(escape, _environments(comparison))),
     }
@@ -153,12 +154,10 @@ def _notes(comparison: Comparison) -> str:
     machines = len(_environments(comparison))
     missed = [arm for arm in plan.arms if not any(o.reached for o in outcomes(comparison, arm))]
     nobody = len(missed) == len(plan.arms)
-    lengths = {arm.epochs for arm in plan.arms.values()}
+    few, lengths = 1 < seeds < 5, {arm.epochs for arm in plan.arms.values()}
     notes = {
         "One seed shows no spread: there are no intervals, and nothing can be found.": seeds == 1,
-        f"{seeds} seeds are few: intervals are wide, and rest on a normal distribution.": 1
-        < seeds
-        < 5,
+        f"{seeds} seeds are few: intervals are wide, and rest on a normal distribution.": few,
         f"{apart} of {pairs} pairs did not take turns, so their times hold what the machine did"
         " meanwhile.": apart,
         f"The runs come from {machines} different environments.": machines > 1,
@@ -214,12 +213,11 @@ def _curves(comparison: Comparison, price: float | None) -> str:
 
 
 def _pareto(comparison: Comparison) -> str:
+    findings = {name: verdict.finding for name, verdict in comparison.verdicts.items()}
     points = [
         pareto.Point(
             name=name,
-            finding=comparison.verdicts[name].finding
-            if name in comparison.verdicts
-            else "baseline",
+            finding=findings.get(name, "baseline"),
             seconds=t_interval([record.seconds for record in comparison.records[name]]),
             accuracy=t_interval(comparison.final(name)),
             recipe=arm.recipe.to_yaml(),
