@@ -79,7 +79,7 @@ def compare(
     ] = 20,
     price: Annotated[
         float | None,
-        typer.Option("--price-per-hour", min=0, help="Of the machine, to report costs."),
+        typer.Option("--price-per-hour", help="Of the machine, to report costs."),
     ] = None,
     plugin: Annotated[
         list[str] | None,
@@ -114,7 +114,7 @@ def compare(
         for module in plugin or []:
             plugins.load(module)
         adapter, chosen = trainer_named(trainer), plugins.workload(workload)
-        report.check()
+        report.check(price)
         if output.exists() and not output.is_dir():
             raise ValueError(f"mosaic: --output must be a folder, got the file {output}")
 

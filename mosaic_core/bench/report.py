@@ -13,7 +13,7 @@ from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.statistics import t_interval
 from mosaic_core.bench.verdict import Verdict
 
-__all__ = ["to_html"]
+__all__ = ["check", "to_html"]
 
 FEW = 3
 """So many recipes have their curves side by side; twice as many, their sentences at the top."""
@@ -30,8 +30,7 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
         ValueError: If ``price`` is not positive and finite.
         MissingError: If matplotlib is not installed.
     """
-    if price is not None and not 0 < price < math.inf:
-        raise ValueError(f"to_html: price must be positive and finite, got {price}")
+    check(price)
     plan, many = comparison.plan, len(comparison.verdicts) > 2 * FEW
     with plots.drawing():
         curves, front = _curves(comparison, price), _pareto(comparison)
@@ -60,6 +59,14 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
 
 
 # What is found.
+
+
+def check(price: float | None = None) -> None:
+    """Check before the runs that a report can be written after them; see :func:`to_html`."""
+    if price is not None and not 0 < price < math.inf:
+        raise ValueError(f"to_html: price must be positive and finite, got {price}")
+    with plots.drawing():
+        pass
 
 
 def _headline(comparison: Comparison) -> str:
