@@ -16,6 +16,7 @@ from mosaic_core.cli_common import TrainerOption, number, told, trainer_named, t
 
 if TYPE_CHECKING:
     from mosaic_core.bench.comparison import Comparison
+    from mosaic_core.bench.plan import Arm
 
 __all__ = ["bench"]
 
@@ -23,7 +24,7 @@ bench = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 
 @bench.callback()
-def compare(
+def _compare(
     context: typer.Context,
     workload: Annotated[
         str, typer.Option(metavar="NAME", help="A workload, such as digits, or module:object.")
@@ -118,22 +119,17 @@ def compare(
         if output.exists() and not output.is_dir():
             raise ValueError(f"mosaic: --output must be a folder, got the file {output}")
 
-        def arm(text: str) -> Arm:
-            name, _, own = text.partition("@")
-            if own and not (own.isdecimal() and int(own)):
-                raise ValueError(f"mosaic: a length must be a number of epochs, got {text!r}")
-            return Arm(plugins.recipe(name), int(own) if own else epochs or chosen.epochs)
-
-        arms, texts = {BASELINE: arm(baseline)}, recipe or ["demo"]
-        for text in texts:
-            if text in arms:
-                raise ValueError(f"mosaic: recipe {text!r} was given twice")
-            arms[text] = arm(text)
+        length, texts = epochs or chosen.epochs, recipe or ["demo"]
+        arms = {BASELINE: _arm(baseline, length)[1]}
+        for name, arm in (_arm(text, length) for text in texts):
+            if name in arms:
+                raise ValueError(f"mosaic: two arms are called {name!r}")
+            arms[name] = arm
         if ablate:
             if len(texts) != 1:
                 raise ValueError(f"mosaic: --ablate needs one recipe, got {len(texts)}")
-            parts = ablation(arms[texts[0]].recipe)
-            arms |= {name: Arm(part, arms[texts[0]].epochs) for name, part in parts.items()}
+            parts = ablation(arm.recipe)
+            arms |= {name: Arm(part, arm.epochs) for name, part in parts.items()}
         for each in arms.values():
             adapter.check(each.recipe)
         plan = Plan(
@@ -178,6 +174,19 @@ def compare(
         for name, verdict in comparison.verdicts.items():
             console.print(f"{name}: {verdict}", highlight=False)
         console.print(f"Report: {output / 'report.html'}")
+
+
+def _arm(text: str, epochs: int) -> "tuple[str, Arm]":
+    """Return what a person asks for as ``RECIPE`` or ``RECIPE@EPOCHS``, with its name."""
+    from mosaic_core import plugins
+    from mosaic_core.bench.plan import Arm
+
+    recipe, at, own = text.partition("@")
+    if at and not (own.isdecimal() and int(own)):
+        raise ValueError(f"mosaic: a length must be a number of epochs, got {text!r}")
+    path = Path(recipe)
+    name = path.stem if path.suffix in (".yaml", ".yml") else recipe
+    return name + at + own, Arm(plugins.recipe(recipe), int(own) if own else epochs)
 
 
 def _table(comparison: "Comparison") -> Table:

@@ -27,6 +27,7 @@ from mosaic_core.workloads import Workload
 
 __all__ = [
     "PLAIN",
+    "WARM_UP",
     "Evaluation",
     "History",
     "Recorder",

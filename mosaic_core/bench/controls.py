@@ -26,7 +26,16 @@ from mosaic_core.workloads import Workload
 if TYPE_CHECKING:
     from mosaic_core.run import Run
 
-__all__ = ["Control", "Result", "Sleep", "controls", "run", "seeds_of", "to_json"]
+__all__ = [
+    "Control",
+    "Result",
+    "Sleep",
+    "controls",
+    "mosaic_algorithms",
+    "run",
+    "seeds_of",
+    "to_json",
+]
 
 _FEWEST, _MOST = 6, 12  # seeds of one comparison
 

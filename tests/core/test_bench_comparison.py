@@ -294,7 +294,7 @@ def test_one_after_another_gives_the_same_accuracies(tmp_path):
         (["--target", "2"], "target must be in"),
         (["--target", "much"], "--target must be a number, got 'much'"),
         (["--recipe", "MixUp@0"], "a length must be a number of epochs, got 'MixUp@0'"),
-        (["--recipe", "SAM", "--recipe", "SAM"], "'SAM' was given twice"),
+        (["--recipe", "SAM", "--recipe", "SAM"], "two arms are called 'SAM'"),
         (["--recipe", "SAM", "--ablate"], "at least two algorithms"),
         (["--recipe", "SAM", "--recipe", "EMA", "--ablate"], "--ablate needs one recipe, got 2"),
         (["--tune", "3"], "count must be at least 5, got 3"),
