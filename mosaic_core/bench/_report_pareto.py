@@ -53,11 +53,12 @@ def front(points: Iterable[Point]) -> list[Point]:
 def outliers(points: Sequence[Point]) -> list[Point]:
     """Return the arms so much less accurate that with them nothing else could be seen.
 
-    They lie more than three interquartile ranges, and 5 points, below the lower quartile.
+    They lie more than six median absolute deviations, and 5 points, below the median.
     """
-    low, high = np.quantile([point.at[1] for point in points], (0.25, 0.75))
-    fence = low - max(3 * (high - low), 5)
-    return [point for point in points if point.at[1] < fence]
+    accuracy = np.array([point.at[1] for point in points])
+    away = np.median(accuracy) - accuracy
+    far = away > max(6 * np.median(abs(away)), 5)
+    return [point for point, out in zip(points, far, strict=True) if out]
 
 
 def pareto(name: str, points: Sequence[Point], title: str) -> str:

@@ -15,8 +15,24 @@ from mosaic_core.bench.verdict import Verdict
 
 __all__ = ["check", "to_html"]
 
-FEW = 3
+_FEW = 3
 """So many recipes have their curves side by side; twice as many, their sentences at the top."""
+
+
+def check(price: float | None = None) -> None:
+    """Check before the runs that the page can be made after them.
+
+    Args:
+        price: See :func:`to_html`.
+
+    Raises:
+        ValueError: If ``price`` is not positive and finite.
+        MissingError: If matplotlib is not installed.
+    """
+    if price is not None and not 0 < price < math.inf:
+        raise ValueError(f"to_html: price must be positive and finite, got {price}")
+    with plots.drawing():
+        pass
 
 
 def to_html(comparison: Comparison, *, price: float | None = None) -> str:
@@ -31,7 +47,7 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
         MissingError: If matplotlib is not installed.
     """
     check(price)
-    plan, many = comparison.plan, len(comparison.verdicts) > 2 * FEW
+    plan, many = comparison.plan, len(comparison.verdicts) > 2 * _FEW
     with plots.drawing():
         curves, front = _curves(comparison, price), _pareto(comparison)
     template = resources.files("mosaic_core.bench").joinpath("report.html")
@@ -59,14 +75,6 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
 
 
 # What is found.
-
-
-def check(price: float | None = None) -> None:
-    """Check before the runs that a report can be written after them; see :func:`to_html`."""
-    if price is not None and not 0 < price < math.inf:
-        raise ValueError(f"to_html: price must be positive and finite, got {price}")
-    with plots.drawing():
-        pass
 
 
 def _headline(comparison: Comparison) -> str:
@@ -187,7 +195,7 @@ def _curves(comparison: Comparison, price: float | None) -> str:
     }
     if price is not None:
         clocks[f"cost at {price:g} an hour"] = lambda e: price * e.seconds / 3600
-    few = len(comparison.verdicts) <= FEW
+    few = len(comparison.verdicts) <= _FEW
     floor = plots.floor(record for runs in records.values() for record in runs)
 
     def panel(label: str, n: int, arm: str) -> str:
