@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import mosaic_core
-from mosaic_core.cli_bench import bench
+from mosaic_core.cli_bench_more import bench
 from mosaic_core.cli_common import DEFAULT, told, trainer_named, trainer_text
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ The same seed gives all arms the same initial weights, data order and evaluation
 depends on the baseline alone.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from mosaic_core.bench.runs import Record, Runner, Store, complete
 from mosaic_core.bench.tuning import Trial, tune
 from mosaic_core.bench.verdict import Verdict, judge_all
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "outcome_of"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Comparison:
     def ms_per_step(self, arm: str) -> float:
         """Return the median time of a step, in milliseconds."""
         return statistics.median(record.ms_per_step for record in self.records[arm])
+
+    def seconds_to_target(self, arm: str) -> list[float]:
+        """Return the time of each run until it reached the target; infinite for a miss."""
+        outcomes = (outcome_of(record, self.target) for record in self.records[arm])
+        return [outcome.seconds if outcome.reached else math.inf for outcome in outcomes]
 
     def in_turns(self, arm: str) -> int:
         """Return how many runs took turns with the baseline's run on the same seed."""
@@ -80,14 +86,15 @@ def compare(
     target = plan.target
     if target is None:
         target = auto_target([record.final_accuracy for record in records[plan.baseline]])
-    outcomes = {arm: [_outcome(record, target) for record in records[arm]] for arm in records}
+    outcomes = {arm: [outcome_of(record, target) for record in records[arm]] for arm in records}
     verdicts = judge_all(
         outcomes.pop(plan.baseline), outcomes, target=f"{target:.1%}", delta=plan.delta
     )
     return Comparison(plan, records, target, verdicts, tried)
 
 
-def _outcome(record: Record, target: float) -> Outcome:
+def outcome_of(record: Record, target: float) -> Outcome:
+    """Return what a run gave in view of a target, at its evaluations."""
     points = record.evaluations
     return time_to_target(
         [point.seconds for point in points],

@@ -1,9 +1,47 @@
 """Several workloads at once: performance profiles and the area under them."""
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["performance_profile", "performance_ratios", "profile_area"]
+__all__ = ["median_times", "performance_profile", "performance_ratios", "profile_area"]
+
+
+def median_times(summaries: Sequence[Path]) -> tuple[list[str], dict[str, list[float]]]:
+    """Read the median time to target of the arms that several comparisons have in common.
+
+    Args:
+        summaries: Files that ``mosaic bench`` wrote as ``summary.json``, one for each workload.
+
+    Returns:
+        Names of the workloads, and by arm the seconds on each: infinite where half of the runs or
+        more missed the target.
+
+    Raises:
+        ValueError: If a file is no summary, a workload comes twice, or no two arms are common.
+    """
+    workloads: list[str] = []
+    found: list[Mapping[str, float]] = []
+    for path in summaries:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            arms = {name: arm["seconds_to_target"] for name, arm in data["arms"].items()}
+            name = f"{data['workload']} with {data['trainer']}"
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"median_times: {path} must be a summary: {error!r}") from error
+        if name in workloads:
+            raise ValueError(f"median_times: summaries must differ in workload, got {name} twice")
+        workloads.append(name)
+        times = {arm: [np.inf if t is None else t for t in of] for arm, of in arms.items()}
+        # Of an even number the later of the middle two, as a mean with a miss would be one.
+        found.append({arm: float(np.sort(of)[len(of) // 2]) for arm, of in times.items()})
+    common = [arm for arm in found[0] if all(arm in of for of in found)] if found else []
+    if len(common) < 2:
+        raise ValueError("median_times: summaries must have two arms or more in common")
+    return workloads, {arm: [of[arm] for of in found] for arm in common}
 
 
 def performance_ratios(times: ArrayLike) -> NDArray[np.float64]:
