@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from mosaic_core.bench.memory import peak_memory, shortened
+from mosaic_core.bench.memory import peak_memory
+from mosaic_core.bench.probe import shortened
 from mosaic_core.datasets import MissingError
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, History, Train, Update
@@ -32,7 +33,7 @@ class Arm:
 
     Attributes:
         histories: One for each seed.
-        memory: Bytes that the tensors of a run take at most, in a training of three steps.
+        memory: Bytes that the tensors of a run take at most, in a short training.
     """
 
     histories: tuple[History, ...]
@@ -105,11 +106,11 @@ def compare(
         torch.set_num_threads(workload.threads)
     recipes = {"baseline": Recipe(), "recipe": recipe}
     histories: dict[str, list[History]] = {name: [] for name in recipes}
-    # A few steps of each first: they count the memory, and pay for what only a first run pays.
+    # A step of each epoch first: they count the memory, and pay for what only a first run pays.
     with console.status("warming up"):
-        short = shortened(workload, data_dir, 3)
+        short = shortened(workload, data_dir, 1)
         memory = {
-            name: peak_memory(functools.partial(train, short, r, epochs=1))
+            name: peak_memory(functools.partial(train, short, r, epochs=epochs))
             for name, r in recipes.items()
         }
     with Progress(

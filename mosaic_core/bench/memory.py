@@ -1,38 +1,14 @@
-"""Peak memory of the tensors of a run, which a short training shows."""
+"""Peak memory of the tensors of a run."""
 
-import dataclasses
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mosaic_core.datasets import Data
-from mosaic_core.workloads import Workload
-
-__all__ = ["peak_memory", "shortened"]
-
-
-def shortened(workload: Workload, data_dir: Path | None, steps: int) -> Workload:
-    """Return the workload with data for some steps, or for an epoch if that has fewer.
-
-    Args:
-        workload: What is trained.
-        data_dir: Folder to look for the data first.
-        steps: Optimizer steps of an epoch.
-    """
-    data = workload.load(data_dir)
-    train, evaluation = steps * workload.batch_size, workload.batch_size
-    few = Data(
-        data.train_inputs[:train],
-        data.train_labels[:train],
-        data.eval_inputs[:evaluation],
-        data.eval_labels[:evaluation],
-    )
-    return dataclasses.replace(workload, load=lambda data_dir: few, evaluations=1)
+__all__ = ["peak_memory"]
 
 
 def peak_memory(function: Callable[[], object]) -> int:

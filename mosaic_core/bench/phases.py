@@ -18,7 +18,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,11 +27,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mosaic_core.bench.memory import shortened
-from mosaic_core.recipe import Recipe
 from mosaic_core.run import Run
-from mosaic_core.training import WARM_UP, Train
-from mosaic_core.workloads import Workload
+from mosaic_core.training import WARM_UP
 
 __all__ = ["PHASES", "measure", "watched"]
 
@@ -135,32 +131,18 @@ def watched() -> Iterator[list[dict[str, float]]]:
         yield timeline.steps
 
 
-def measure(
-    train: Train,
-    workload: Workload,
-    recipe: Recipe,
-    *,
-    steps: int = 20,
-    data_dir: Path | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Return the median time of each phase, from a short training.
+def measure(function: Callable[[], object]) -> dict[str, float]:
+    """Call a function that trains, and return the median time of each phase of a step.
 
     Args:
-        train: Trains the workload with some trainer.
-        workload: What is trained.
-        recipe: The algorithms.
-        steps: Optimizer steps, the first of which warm up and don't count.
-        data_dir: Folder to look for the data first.
-        seed: Seed of the run.
+        function: What to run; its first steps warm up and don't count.
 
     Returns:
         Milliseconds by phase, in the order of ``PHASES``. On a GPU every event waits for the
         device, so their sum is more than a step takes otherwise.
     """
-    short = shortened(workload, data_dir, steps)
     with watched() as seen:
-        train(short, recipe, seed=seed, epochs=1)
+        function()
     steady = seen[WARM_UP:] or seen
     return {phase: 1e3 * statistics.median(step[phase] for step in steady) for phase in PHASES}
 

@@ -71,7 +71,7 @@ class Record:
         evaluations: In the order of the steps.
         ms_per_step: Median time of a step, in milliseconds.
         start_up: Seconds that the first steps took longer than later ones.
-        memory: Bytes that its tensors take at most, in a training of three steps.
+        memory: Bytes that its tensors take at most, in a short training.
         phases: Median time of each phase of a step, in milliseconds, in a short training.
         turns: Files of the runs that it took turns with, itself included: these saw the same
             machine. Empty if it ran alone.

@@ -54,7 +54,7 @@ class Trainee:
     ) -> None:
         self.workload, self.train, self.data_dir = workload, train, data_dir
         self._report = report
-        self._probes: dict[tuple[str, str], Probe] = {}
+        self._probes: dict[tuple[str, int, str], Probe] = {}
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Record]:
         """Do some runs and yield the record of each."""
@@ -68,12 +68,14 @@ class Trainee:
 
     def warm_up(self, job: Job) -> Probe:
         """Return memory and phases of a recipe, from short trainings that also warm up."""
-        workload, key = job.of(self.workload), (job.recipe, repr(job.settings))
+        workload, key = job.of(self.workload), (job.recipe, job.epochs, repr(job.settings))
         if key not in self._probes:
             if workload.threads is not None:
                 torch.set_num_threads(workload.threads)
             recipe = Recipe.from_yaml(job.recipe)
-            self._probes[key] = probe(self.train, workload, recipe, data_dir=self.data_dir)
+            self._probes[key] = probe(
+                self.train, workload, recipe, epochs=job.epochs, data_dir=self.data_dir
+            )
         return self._probes[key]
 
     def perform(
