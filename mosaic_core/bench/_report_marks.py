@@ -5,13 +5,13 @@ classes of the page's style.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mosaic_core.bench._report_text import css, escape, number
+from mosaic_core.bench.phases import PHASES
 from mosaic_core.bench.statistics import Interval
-
-PHASES = ("data", "forward", "backward", "algorithm", "optimizer")
 
 _RATIOS = (
     [n / 20 for n in range(1, 60)],
@@ -62,13 +62,19 @@ def ratio_scale(intervals: Iterable[Iterable[Interval]]) -> Scale:
 
 
 def difference_scale(intervals: Sequence[Interval], delta: float) -> Scale:
-    """Return a linear scale with 0 and ``-delta`` on it; very long intervals run out of it."""
-    middle = [0.0, -delta, *(i.estimate for i in intervals)]
+    """Return a linear scale with 0 and ``-delta`` on it.
+
+    Very long intervals run out of it, and what is more than 5 points and six times the median away.
+    """
+    sizes = [abs(i.estimate) for i in intervals]
+    far = max(0.05, 6 * statistics.median([0.0, *sizes]))
+    middle = [0.0, -delta, *(i.estimate for i in intervals if abs(i.estimate) <= far)]
     ends = [end for i in intervals for end in (i.low, i.high)]
-    room = max(max(middle) - min(middle), 0.001)
-    low = max(min([*middle, *ends, -2 * delta]), min(middle) - room) - room / 10
-    high = min(max([*middle, *ends, 2 * delta]), max(middle) + room) + room / 10
-    return linear_scale(low, high, most=4)
+    room = max(max(middle) - min(middle), 0.03)
+    low = max(min([*middle, *ends, -2 * delta]), min(middle) - room)
+    high = min(max([*middle, *ends, 2 * delta]), max(middle) + room)
+    edge = 0.05 * (high - low) or 0.001
+    return linear_scale(low - edge, high + edge, most=4)
 
 
 def linear_scale(low: float, high: float, most: int = 5) -> Scale:
@@ -142,7 +148,8 @@ def _reach(scale: Scale, value: Interval, y: int, kind: str) -> str:
     parts = [_line(scale, value.low, value.high, y, kind)]
     for out, x, turn in ((value.low < scale.low, 0, -1), (value.high > scale.high, 100, 1)):
         if out:
-            arrow = f'<path class="arrow" d="M0-4L{7 * turn} 0L0 4z"/>'
+            start = 0 if scale.low <= value.estimate <= scale.high else 8 * turn  # beside the mark
+            arrow = f'<path class="arrow" d="M{start}-4L{start + 7 * turn} 0L{start} 4z"/>'
             parts.append(f'<svg x="{x}%" y="{y}" overflow="visible">{arrow}</svg>')
     return "".join(parts)
 

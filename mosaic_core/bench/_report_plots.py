@@ -107,12 +107,8 @@ def _curve(ax: "Axes", evaluations: Sequence[Evaluation], clock: Clock, **style:
 
 
 def floor(runs: Iterable[Record]) -> float:
-    """Return the accuracy from which curves show their end well, and not how they began.
-
-    One run in ten may end below it.
-    """
-    ends = sorted(record.final_accuracy for record in runs)
-    end = ends[len(ends) // 10]
+    """Return the accuracy from which the end of these runs shows well, and not how they began."""
+    end = min(record.final_accuracy for record in runs)
     return max(0.0, end - max(0.02, min(3 * (1 - end), end / 2)))
 
 

@@ -18,6 +18,7 @@ from mosaic_core.bench._report_text import (
     table,
 )
 from mosaic_core.bench.comparison import Comparison
+from mosaic_core.bench.phases import PHASES
 from mosaic_core.bench.statistics import Interval
 from mosaic_core.demo import brief
 
@@ -125,7 +126,7 @@ def legend(comparison: Comparison) -> str:
     known = dict.fromkeys(n for records in comparison.records.values() for n in phases(records))
     return "".join(
         f'<span class="key"><svg class="swatch"><rect width="100%" height="100%"'
-        f' class="phase {name if name in marks.PHASES else "other"}"/></svg>{escape(name)}</span>'
+        f' class="phase {name if name in PHASES else "other"}"/></svg>{escape(name)}</span>'
         for name in known
     )
 

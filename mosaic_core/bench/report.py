@@ -196,7 +196,7 @@ def _curves(comparison: Comparison, price: float | None) -> str:
     if price is not None:
         clocks[f"cost at {price:g} an hour"] = lambda e: price * e.seconds / 3600
     few = len(comparison.verdicts) <= _FEW
-    floor = plots.floor(record for runs in records.values() for record in runs)
+    floor = plots.floor(records[plan.baseline])
 
     def panel(label: str, n: int, arm: str) -> str:
         finding = comparison.verdicts[arm].finding

@@ -197,7 +197,7 @@ def test_the_data_round_trip(shown):
 
 
 def test_the_same_comparison_gives_the_same_page(three, three_page):
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False}):
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.labelpad": 20}):
         assert to_html(three) == three_page
         assert matplotlib.rcParams["font.size"] == 30
 
@@ -305,6 +305,15 @@ def test_scales_hold_estimates_and_few_ticks(intervals):
     assert scale.low < -0.005 < 0 < scale.high < math.inf
     assert all(scale.low < i.estimate < scale.high for i in gains)
     assert 1 <= len(scale.ticks) <= 4
+
+
+def test_a_recipe_that_went_astray_leaves_the_scale_to_the_others():
+    astray, gain = Interval(-0.8, -0.81, -0.79), Interval(0.002, 0.0, 0.004)
+    scale = marks.difference_scale([astray, gain, gain], 0.005)
+    assert scale.low > -0.05
+    picture = marks.interval(scale, astray, "", finding="less accurate", at=0)
+    assert 'x="0.00%"' in picture
+    assert "arrow" in picture
 
 
 def test_ends_that_lie_outside_have_arrows():
