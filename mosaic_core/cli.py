@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import mosaic_core
-from mosaic_core.cli_bench_more import bench
+from mosaic_core import cli_bench_more  # noqa: F401  # adds its commands to those of bench
+from mosaic_core.cli_bench import bench
 from mosaic_core.cli_common import DEFAULT, told, trainer_named, trainer_text
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def demo(
         facts = Table.grid("", "", padding=(0, 2))
         facts.add_row("[bold]workload", f"{chosen.name}: {chosen.title}")
         facts.add_row("[bold]trainer", ", ".join(map(trainer_text, adapters)))
-        facts.add_row("[bold]recipe", escape(demo_module.brief(composed)))
+        facts.add_row("[bold]recipe", escape(composed.brief()))
         if trainer == "all":
             from mosaic_core import agreement
 

@@ -1,6 +1,5 @@
 """The demo: a workload trained with and without a recipe, on the same seeds, side by side."""
 
-import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from mosaic_core.workloads import Workload
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Arm", "Comparison", "brief", "check_output", "compare", "notes", "plot", "show"]
+__all__ = ["Arm", "Comparison", "check_output", "compare", "notes", "plot", "show"]
 
 
 @dataclass(frozen=True)
@@ -150,19 +149,6 @@ def compare(
                     console.print(f"{name}, seed {seed}: {accuracy} after {seconds:.1f} s")
     arms = {name: Arm(tuple(histories[name]), memory[name]) for name in recipes}
     return Comparison(**arms)
-
-
-def brief(recipe: Recipe) -> str:
-    """Return the recipe in a line: names, and the settings that are not the default."""
-    texts = []
-    for algorithm in recipe:
-        changed = (
-            f"{field.name}={algorithm.settings[field.name]!r}"
-            for field in dataclasses.fields(algorithm)  # type: ignore[arg-type]  # a dataclass
-            if algorithm.settings[field.name] != field.default
-        )
-        texts.append(f"{algorithm.name}({', '.join(changed)})")
-    return ", ".join(texts) or "no algorithm"
 
 
 def _percent(share: float) -> str:

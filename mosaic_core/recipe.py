@@ -1,5 +1,6 @@
 """An ordered, checked composition of algorithms."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,18 @@ class Recipe:
             f"{i}. {a.name}: {a.place.name.lower()}" for i, a in enumerate(self.algorithms, start=1)
         ]
         return "\n".join(lines) or "an empty recipe"
+
+    def brief(self) -> str:
+        """Return the recipe in a line: names, and the settings that are not the default."""
+        texts = []
+        for algorithm in self:
+            changed = (
+                f"{field.name}={algorithm.settings[field.name]!r}"
+                for field in dataclasses.fields(algorithm)  # type: ignore[arg-type]  # a dataclass
+                if algorithm.settings[field.name] != field.default
+            )
+            texts.append(f"{algorithm.name}({', '.join(changed)})")
+        return ", ".join(texts) or "no algorithm"
 
     # YAML.
 

@@ -4,7 +4,6 @@ The same seed gives all arms the same initial weights, data order and evaluation
 depends on the baseline alone.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from mosaic_core.bench.runs import Record, Runner, Store, complete
 from mosaic_core.bench.tuning import Trial, tune
 from mosaic_core.bench.verdict import Verdict, judge_all
 
-__all__ = ["Comparison", "compare", "outcome_of"]
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,9 @@ class Comparison:
         """Return the median time of a step, in milliseconds."""
         return statistics.median(record.ms_per_step for record in self.records[arm])
 
-    def seconds_to_target(self, arm: str) -> list[float]:
-        """Return the time of each run until it reached the target; infinite for a miss."""
-        outcomes = (outcome_of(record, self.target) for record in self.records[arm])
-        return [outcome.seconds if outcome.reached else math.inf for outcome in outcomes]
+    def outcomes(self, arm: str) -> list[Outcome]:
+        """Return the time to target of each run of an arm."""
+        return [_outcome(record, self.target) for record in self.records[arm]]
 
     def in_turns(self, arm: str) -> int:
         """Return how many runs took turns with the baseline's run on the same seed."""
@@ -86,15 +84,14 @@ def compare(
     target = plan.target
     if target is None:
         target = auto_target([record.final_accuracy for record in records[plan.baseline]])
-    outcomes = {arm: [outcome_of(record, target) for record in records[arm]] for arm in records}
+    outcomes = {arm: [_outcome(record, target) for record in records[arm]] for arm in records}
     verdicts = judge_all(
         outcomes.pop(plan.baseline), outcomes, target=f"{target:.1%}", delta=plan.delta
     )
     return Comparison(plan, records, target, verdicts, tried)
 
 
-def outcome_of(record: Record, target: float) -> Outcome:
-    """Return what a run gave in view of a target, at its evaluations."""
+def _outcome(record: Record, target: float) -> Outcome:
     points = record.evaluations
     return time_to_target(
         [point.seconds for point in points],

@@ -37,7 +37,7 @@ def _arm(comparison: Comparison, name: str) -> dict[str, Any]:
         "settings": dict(records[0].job.settings),
         "final_accuracy": comparison.final(name),
         "seconds": [record.seconds for record in records],
-        "seconds_to_target": comparison.seconds_to_target(name),
+        "seconds_to_target": [o.seconds if o.reached else None for o in comparison.outcomes(name)],
         "ms_per_step": comparison.ms_per_step(name),
         "start_up_seconds": [record.start_up for record in records],
         "phases_ms": dict(records[0].phases),

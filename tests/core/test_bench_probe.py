@@ -3,7 +3,7 @@
 import pytest
 
 from mosaic_core import Recipe
-from mosaic_core.algorithms import EMA, SWA, SelectiveBackprop
+from mosaic_core.algorithms import SWA, SelectiveBackprop
 from mosaic_core.bench.phases import PHASES
 from mosaic_core.bench.probe import probe, shortened
 from mosaic_core.training import train
@@ -41,4 +41,3 @@ def test_what_acts_late_in_a_run_acts_in_it():
     assert probe(train, DIGITS, Recipe([SWA()]), epochs=10).memory > 1.1 * plain.memory
     chosen = probe(train, DIGITS, Recipe([SelectiveBackprop(interrupt=1)]), epochs=10)
     assert chosen.phases["algorithm"] >= 0
-    assert probe(train, DIGITS, Recipe([EMA()]), epochs=1).memory > plain.memory

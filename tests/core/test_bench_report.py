@@ -16,12 +16,12 @@ import pytest
 
 from mosaic_core import Recipe
 from mosaic_core.algorithms import EMA, SAM, MixUp
-from mosaic_core.bench import _report_marks as marks
-from mosaic_core.bench._report_pareto import Point, front, outliers
-from mosaic_core.bench._report_plots import floor
 from mosaic_core.bench.comparison import Comparison, compare
 from mosaic_core.bench.plan import BASELINE, Arm, Plan
+from mosaic_core.bench.report import _marks as marks
 from mosaic_core.bench.report import check, to_html
+from mosaic_core.bench.report._pareto import Point, front, outliers
+from mosaic_core.bench.report._plots import floor
 from mosaic_core.bench.runs import Job, Record, Store
 from mosaic_core.bench.statistics import Interval
 from mosaic_core.datasets import MissingError

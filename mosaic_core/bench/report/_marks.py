@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mosaic_core.bench._report_text import css, escape, number
 from mosaic_core.bench.phases import PHASES
+from mosaic_core.bench.report._text import css, escape, number
 from mosaic_core.bench.statistics import Interval
 
 _RATIOS = (

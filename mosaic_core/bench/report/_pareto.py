@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mosaic_core.bench._report_plots import COLOURS, new_axes, to_svg
-from mosaic_core.bench._report_text import css
+from mosaic_core.bench.report._plots import COLOURS, new_axes, to_svg
+from mosaic_core.bench.report._text import css
 from mosaic_core.bench.statistics import Interval
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from mosaic_core.bench.censoring import Outcome, time_to_target
 from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.runs import Record
 from mosaic_core.training import Evaluation
@@ -14,23 +13,10 @@ from mosaic_core.training import Evaluation
 FINDINGS = ("faster", "slower", "less accurate", "cannot tell")
 
 
-def outcomes(comparison: Comparison, arm: str) -> list[Outcome]:
-    """Return time to target of each run of an arm."""
-    return [
-        time_to_target(
-            [point.seconds for point in record.evaluations],
-            [point.step for point in record.evaluations],
-            [point.accuracy for point in record.evaluations],
-            comparison.target,
-        )
-        for record in comparison.records[arm]
-    ]
-
-
 def ratios(comparison: Comparison, arm: str) -> list[float]:
     """Return the speed-up in seconds of each pair in which both runs reached the target."""
     pairs = zip(
-        outcomes(comparison, comparison.plan.baseline), outcomes(comparison, arm), strict=True
+        comparison.outcomes(comparison.plan.baseline), comparison.outcomes(arm), strict=True
     )
     return [a.seconds / b.seconds for a, b in pairs if a.reached and b.reached]
 

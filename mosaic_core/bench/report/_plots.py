@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mosaic_core.bench._report_data import mean_curve
-from mosaic_core.bench._report_text import escape
+from mosaic_core.bench.report._data import mean_curve
+from mosaic_core.bench.report._text import escape
 from mosaic_core.bench.runs import Record
 from mosaic_core.datasets import MissingError
 from mosaic_core.training import Evaluation

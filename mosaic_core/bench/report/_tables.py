@@ -3,9 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from mosaic_core.bench import _report_marks as marks
-from mosaic_core.bench._report_data import memory, outcomes, phases, ranked, ratios
-from mosaic_core.bench._report_text import (
+from mosaic_core.bench.comparison import Comparison
+from mosaic_core.bench.phases import PHASES
+from mosaic_core.bench.report import _marks as marks
+from mosaic_core.bench.report._data import memory, phases, ranked, ratios
+from mosaic_core.bench.report._text import (
     MISSING,
     badge,
     escape,
@@ -17,10 +19,7 @@ from mosaic_core.bench._report_text import (
     settings,
     table,
 )
-from mosaic_core.bench.comparison import Comparison
-from mosaic_core.bench.phases import PHASES
 from mosaic_core.bench.statistics import Interval
-from mosaic_core.demo import brief
 
 
 def forest(comparison: Comparison) -> str:
@@ -136,7 +135,7 @@ def arms(comparison: Comparison, price: float | None) -> str:
     plan, rows = comparison.plan, []
     for arm, of in plan.arms.items():
         records = comparison.records[arm]
-        found = outcomes(comparison, arm)
+        found = comparison.outcomes(arm)
         seconds = statistics.mean(record.seconds for record in records)
         used, pairs = memory(records), len(records)
         turns = "&ndash;" if arm == plan.baseline else f"{comparison.in_turns(arm)} of {pairs}"
@@ -154,7 +153,7 @@ def arms(comparison: Comparison, price: float | None) -> str:
         ]
         rows.append(
             f'<tr><th scope="row"><span class="name">{escape(arm)}</span>'
-            f'<span class="about">{escape(brief(of.recipe))}</span></th>'
+            f'<span class="about">{escape(of.recipe.brief())}</span></th>'
             + "".join(f'<td class="number">{cell}</td>' for cell in cells)
             + "</tr>"
         )

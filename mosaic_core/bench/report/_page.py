@@ -4,12 +4,12 @@ import math
 import string
 from importlib import resources
 
-from mosaic_core.bench import _report_pareto as pareto
-from mosaic_core.bench import _report_plots as plots
-from mosaic_core.bench import _report_tables as tables
-from mosaic_core.bench._report_data import FINDINGS, embedded, outcomes, ranked
-from mosaic_core.bench._report_text import badge, css, escape, listed, number, percent, settings
 from mosaic_core.bench.comparison import Comparison
+from mosaic_core.bench.report import _pareto as pareto
+from mosaic_core.bench.report import _plots as plots
+from mosaic_core.bench.report import _tables as tables
+from mosaic_core.bench.report._data import FINDINGS, embedded, ranked
+from mosaic_core.bench.report._text import badge, css, escape, listed, number, percent, settings
 from mosaic_core.bench.statistics import t_interval
 from mosaic_core.bench.verdict import Verdict
 
@@ -50,7 +50,7 @@ def to_html(comparison: Comparison, *, price: float | None = None) -> str:
     plan, many = comparison.plan, len(comparison.verdicts) > 2 * _FEW
     with plots.drawing():
         curves, front = _curves(comparison, price), _pareto(comparison)
-    template = resources.files("mosaic_core.bench").joinpath("report.html")
+    template = resources.files("mosaic_core.bench.report").joinpath("page.html")
     level = next(iter(comparison.verdicts.values())).level
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         title=escape(f"{plan.workload.name} with {plan.trainer}"),
@@ -167,7 +167,7 @@ def _notes(comparison: Comparison) -> str:
     pairs = seeds * len(comparison.verdicts)
     apart = pairs - sum(comparison.in_turns(arm) for arm in comparison.verdicts)
     machines = len(_environments(comparison))
-    missed = [arm for arm in plan.arms if not any(o.reached for o in outcomes(comparison, arm))]
+    missed = [arm for arm in plan.arms if not any(o.reached for o in comparison.outcomes(arm))]
     nobody = len(missed) == len(plan.arms)
     few, lengths = 1 < seeds < 5, {arm.epochs for arm in plan.arms.values()}
     notes = {
