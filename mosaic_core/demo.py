@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mosaic_core.bench.memory import peak_memory
-from mosaic_core.datasets import Data, MissingError
+from mosaic_core.datasets import MissingError
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, History, Train, Update
 from mosaic_core.workloads import Workload
@@ -101,14 +101,13 @@ def compare(
         data_dir: Folder to look for the data first.
         console: Where to draw; bars in a terminal, a line for each run elsewhere.
     """
-    data = workload.load(data_dir)
+    short = workload.shortened(3, data_dir)
     if workload.threads is not None:
         torch.set_num_threads(workload.threads)
     recipes = {"baseline": Recipe(), "recipe": recipe}
     histories: dict[str, list[History]] = {name: [] for name in recipes}
     # A few steps of each first: they count the memory, and pay for what only a first run pays.
     with console.status("warming up"):
-        short = _shortened(workload, data)
         memory = {
             name: peak_memory(functools.partial(train, short, r, epochs=1))
             for name, r in recipes.items()
@@ -150,18 +149,6 @@ def compare(
                     console.print(f"{name}, seed {seed}: {accuracy} after {seconds:.1f} s")
     arms = {name: Arm(tuple(histories[name]), memory[name]) for name in recipes}
     return Comparison(**arms)
-
-
-def _shortened(workload: Workload, data: Data) -> Workload:
-    """Return the workload with data for three steps."""
-    train, evaluation = 3 * workload.batch_size, workload.batch_size
-    few = Data(
-        data.train_inputs[:train],
-        data.train_labels[:train],
-        data.eval_inputs[:evaluation],
-        data.eval_labels[:evaluation],
-    )
-    return dataclasses.replace(workload, load=lambda data_dir: few)
 
 
 def brief(recipe: Recipe) -> str:
