@@ -48,16 +48,8 @@ PHASES = ("data", "forward", "backward", "algorithm", "optimizer")
 
 _WARM_UP = 5  # first steps, in which kernels are chosen and memory is fetched
 
-# Calls of a run in training, which are the algorithms' time.
-_CALLS = (
-    "on_batch",
-    "skip_batch",
-    "check_loss",
-    "second_pass",
-    "on_gradients",
-    "end_step",
-    "end_epoch",
-)
+# Calls of a run in training, which are the algorithms' time; so is a second pass.
+_CALLS = ("on_batch", "skip_batch", "check_loss", "on_gradients", "end_step", "end_epoch")
 
 
 def measure(
@@ -115,14 +107,10 @@ class _Ledger:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.forwards = 0
-        self.start()
-
-    def start(self) -> None:
-        """Let the first step begin."""
         # How many are going on, one inside another.
         self._calls = self._backwards = self._optimizers = 0
-        self._begin_step()
         self._phase, self._since = "data", _now()
+        self._begin_step()
 
     def _begin_step(self) -> None:
         self._step = dict.fromkeys(PHASES, 0.0)
@@ -146,7 +134,7 @@ class _Ledger:
         self._calls -= 1
         if self._calls:
             return
-        self._turn("data" if call in ("on_batch", "end_step") else self._interrupted)
+        self._turn("data" if call == "end_step" else self._interrupted)
         if call == "end_step":
             if not self._evaluated:
                 self.steps.append(self._step)
@@ -156,11 +144,11 @@ class _Ledger:
         """Note that the model is called; in evaluation mode this is no part of a step."""
         if self._calls:
             return
-        if not model.training:
+        if model.training:
+            self.forwards += 1
+            self._turn("forward", "data")
+        else:
             self._evaluated = True
-            return
-        self.forwards += 1
-        self._turn("forward", "data")
 
     def after_forward(self, model: nn.Module, *_: Any) -> None:
         """Note that the model has returned."""
@@ -202,14 +190,10 @@ def _watched(ledger: _Ledger) -> Iterator[None]:
 
     A trainer makes its run itself, so it is classes that are patched, unlike in an adapter.
     """
-    models: list[nn.Module] = []
 
     def started(run: Run, *_: Any) -> None:
-        if run.model not in models:
-            models.append(run.model)
-            stack.callback(run.model.register_forward_pre_hook(ledger.before_forward).remove)
-            stack.callback(run.model.register_forward_hook(ledger.after_forward).remove)
-        ledger.start()
+        stack.callback(run.model.register_forward_pre_hook(ledger.before_forward).remove)
+        stack.callback(run.model.register_forward_hook(ledger.after_forward).remove)
 
     with contextlib.ExitStack() as stack:
         watch = functools.partial(_watch, stack)
@@ -217,7 +201,7 @@ def _watched(ledger: _Ledger) -> Iterator[None]:
         for name in _CALLS:
             enter, leave = (functools.partial(f, name) for f in (ledger.enter, ledger.leave))
             watch(Run, name, enter, leave)
-        # Where the trainer's own loop runs the window again, it does so between these two.
+        # Between these two the window is run again, by the run or by the trainer's own loop.
         watch(SecondPass, "begin", before=functools.partial(ledger.enter, "second_pass"))
         watch(SecondPass, "end", after=functools.partial(ledger.leave, "second_pass"))
         # Tensor.backward calls it.

@@ -80,6 +80,22 @@ def test_a_closure_inside_the_optimizer_is_no_time_of_the_optimizer():
     assert timed.measure(loop(body), "busy") == pytest.approx(expected("busy"))
 
 
+def test_a_second_pass_by_the_trainers_own_loop():
+    def body(run, loader, loss):
+        for batch in loader:
+            batch = run.on_batch(batch)
+            loss(run.model, batch).backward()
+            run.two_passes.begin()
+            loss(run.model, batch).backward()
+            run.check_loss()
+            run.two_passes.end()
+            run.on_gradients()
+            run.optimizers[0].step()
+            run.end_step()
+
+    assert timed.measure(loop(body), "full") == pytest.approx(expected("full"))
+
+
 def test_an_optimizer_inside_another_and_one_after_another():
     class Outer(timed.SGD):
         def __init__(self, *args, **kwargs):
@@ -120,13 +136,27 @@ def test_gradients_by_other_ways_than_backward():
     assert timed.measure(loop(body), "busy") == pytest.approx(expected("busy"))
 
 
-def test_what_lies_between_steps_is_data():
-    def body(run, loader, loss):
-        for batch in loader:
-            plain(run, [batch], loss)
-            CLOCK.work(5)
+@pytest.mark.parametrize("fires", [True, False])
+def test_what_lies_between_optimizer_and_forward_is_data(fires):
+    """Also where the update fires no hook of torch's, as that of no torch optimizer does."""
 
-    want = {**expected("busy"), "data": timed.DATA + 5}
+    def body(run, loader, loss):
+        optimizer = run.optimizers[0]
+        for batch in loader:
+            CLOCK.work(2)  # before a call of the run that begins no micro-batch
+            run.skip_batch()
+            batch = run.on_batch(batch)
+            CLOCK.work(3)
+            loss(run.model, batch).backward()
+            run.on_gradients()
+            if fires:
+                optimizer.step()
+                CLOCK.work(4)  # as a schedule may
+            else:
+                CLOCK.work(timed.OPTIMIZER)
+            run.end_step()
+
+    want = {**expected("busy"), "data": timed.DATA + 2 + 3 + 4 * fires}
     assert timed.measure(loop(body), "busy") == pytest.approx(want)
 
 
