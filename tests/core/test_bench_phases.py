@@ -66,6 +66,43 @@ def test_micro_batches_add_up_in_their_step(recipe):
     assert found == pytest.approx(want)
 
 
+def test_micro_batches_that_the_recipe_does_not_see():
+    """As with an empty recipe, for which adapters may leave calls of the run out."""
+
+    def body(run, loader, loss):
+        for batch in loader:
+            for half in ([t[:4] for t in batch], [t[4:] for t in batch]):
+                CLOCK.work(5)
+                loss(run.model, half).backward()
+            run.optimizers[0].step()
+            run.end_step()
+
+    want = {**expected("empty"), "data": timed.DATA + 2 * 5}
+    want |= {phase: 2 * want[phase] for phase in ("forward", "backward")}
+    assert timed.measure(loop(body), "empty") == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    "call", ["on_batch", "skip_batch", "check_loss", "on_gradients", "end_step", "end_epoch"]
+)
+def test_calls_of_the_run_are_time_of_the_algorithms(monkeypatch, call):
+    method = getattr(Run, call)
+
+    def slow(*args, **kwargs):
+        CLOCK.work(7)
+        return method(*args, **kwargs)
+
+    def body(run, loader, loss):
+        for batch in loader:
+            run.skip_batch()
+            plain(run, [batch], loss)
+            run.end_epoch()
+
+    monkeypatch.setattr(Run, call, slow)
+    want = {**expected("busy"), "algorithm": timed.ALGORITHM["busy"] + 7}
+    assert timed.measure(loop(body), "busy") == pytest.approx(want)
+
+
 def test_a_closure_inside_the_optimizer_is_no_time_of_the_optimizer():
     def body(run, loader, loss):
         for batch in loader:
