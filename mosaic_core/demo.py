@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mosaic_core.bench.memory import peak_memory
-from mosaic_core.bench.probe import shortened
 from mosaic_core.datasets import MissingError
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, History, Train, Update
@@ -107,7 +106,7 @@ def compare(
     histories: dict[str, list[History]] = {name: [] for name in recipes}
     # A step of each epoch first: they count the memory, and pay for what only a first run pays.
     with console.status("warming up"):
-        short = shortened(workload, data_dir, 1)
+        short = workload.shortened(1, data_dir)
         memory = {
             name: peak_memory(functools.partial(train, short, r, epochs=epochs))
             for name, r in recipes.items()

@@ -4,6 +4,7 @@ A workload says what is trained, not how: :mod:`mosaic_core.training` trains it 
 and every adapter with its trainer, on the same data in the same order from the same weights.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -86,6 +87,24 @@ class Workload:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.model()
+
+    def shortened(self, steps: int, data_dir: Path | None = None) -> "Workload":
+        """Return the workload with data for a few steps an epoch and one batch to evaluate.
+
+        The data are copies of the first examples, which repeat where there are not enough.
+
+        Args:
+            steps: Steps of an epoch.
+            data_dir: Folder to look for the data first.
+        """
+        data = self.load(data_dir)
+
+        def first(count: int, *parts: Tensor) -> list[Tensor]:
+            return [part[torch.arange(count) % len(part)] for part in parts]
+
+        train = first(steps * self.batch_size, data.train_inputs, data.train_labels)
+        few = Data(*train, *first(self.batch_size, data.eval_inputs, data.eval_labels))
+        return dataclasses.replace(self, load=lambda data_dir: few, evaluations=1)
 
     def loaders(
         self, data: Data, seed: int

@@ -29,7 +29,9 @@ from mosaic_core.testing._network import examples, network
 from mosaic_core.testing.adapters import FULL
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_deepspeed_contract import TestDeepSpeed  # it lies in no package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # they lie in no package
+from test_deepspeed_contract import TestDeepSpeed
+from timed import check_trainer
 
 RECIPE = (BlurPool(), MixUp(0.4), LabelSmoothing(), SAM(), EMA("4ba"))
 PLAIN = tuple(a for a in RECIPE if not isinstance(a, BlurPool))  # changes no model
@@ -991,6 +993,13 @@ def batches_of_any_structure_are_moved():
     assert (moved["a"][1], moved["b"].y) == ("text", 3)
     loader = DataLoader([examples(0)], batch_size=None)
     assert len(list(itertools.islice(engine_of([]).mosaic.loader(loader), 1))) == 1
+
+
+@check()
+def time_is_told_apart_by_phases():
+    from mosaic_deepspeed._workload import train
+
+    check_trainer(train)
 
 
 if __name__ == "__main__":

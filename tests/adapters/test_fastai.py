@@ -54,6 +54,7 @@ with warnings.catch_warnings():
     from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
     from fastai.torch_core import TensorCategory, TensorMask
     from fastai.vision.learner import vision_learner
+from timed import check_trainer
 from torch import nn
 
 from mosaic_core import Need, Run
@@ -71,6 +72,7 @@ from mosaic_core.mixture import Mixture
 from mosaic_core.target import MixedTarget
 from mosaic_core.testing._network import network
 from mosaic_fastai import MosaicCallback
+from mosaic_fastai._workload import train
 
 # Of fastai's load_model, which names a module of NumPy by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
@@ -1105,3 +1107,7 @@ def test_windows_that_count_examples_are_refused_beside_selection(tmp_path):
     refused(
         tmp_path, "SelectiveBackprop drops examples, and fastai's GradientAccumulation", cbs=cbs
     )
+
+
+def test_time_is_told_apart_by_phases():
+    check_trainer(train)

@@ -21,6 +21,7 @@ from hf_common import (
     unchanged,
 )
 from safetensors.torch import load_file
+from timed import check_trainer
 from torch import nn
 
 from mosaic_core import Algorithm, ConflictError, LossError, Place, Run, UnsupportedError
@@ -37,6 +38,7 @@ from mosaic_core.algorithms import (
 from mosaic_core.algorithms._selective_backprop import _choose
 from mosaic_core.loop import train_steps
 from mosaic_hf import MosaicCallback, load_pretrained
+from mosaic_hf._workload import train
 
 
 def recipe():
@@ -932,3 +934,7 @@ def test_attributes_of_the_user_are_put_back(tmp_path):
     t.train()
     assert t.log is mine
     assert calls
+
+
+def test_time_is_told_apart_by_phases():
+    check_trainer(train, loss_in="forward")  # the model computes it

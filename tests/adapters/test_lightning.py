@@ -24,10 +24,12 @@ from lightning_common import (
     trainer,
 )
 from lightning_ddp import RECIPES, shard
+from timed import check_trainer
 
 from mosaic_core import Recipe, Run
 from mosaic_core.algorithms import EMA, Backdrop, BlurPool, MixUp, NoOp
 from mosaic_lightning import MosaicCallback
+from mosaic_lightning._workload import train
 
 
 def assert_same(lightning, plain, tolerance=1e-6):
@@ -758,3 +760,7 @@ def hand_averaged(pl, algorithms, accumulate=2):
     weights = clone(dict(module.named_parameters()))
     run.enter_evaluation()
     return {"weights": weights, "averaged": clone(dict(module.named_parameters()))}
+
+
+def test_time_is_told_apart_by_phases():
+    check_trainer(train)

@@ -1,164 +1,330 @@
-"""Where the time of a step goes: every interval is booked once, and to the right phase."""
+"""Where the time of a step goes: on a clock that only work moves, every moment counts once."""
 
-from dataclasses import dataclass
+import dataclasses
+import itertools
+import random
 
 import pytest
+import timed
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.optim import optimizer as optimizers
+from timed import CLOCK, RECIPES, WORKLOAD, Net, SlowBackward, check_trainer, expected
+from torch.optim import optimizer as hooks
+from torch.utils.checkpoint import checkpoint
 
-from mosaic_core import Algorithm, Run
-from mosaic_core.algorithms import EMA, SAM, NoOp
-from mosaic_core.algorithms._noop import NoOp as Base
+from mosaic_core import LossError, Recipe, Run
+from mosaic_core.algorithms import SAM, MixUp
 from mosaic_core.bench import phases
-from mosaic_core.bench.phases import PHASES, measure, watched
 from mosaic_core.loop import train_steps
+from mosaic_core.second_pass import SecondPass
 from mosaic_core.training import train
-from mosaic_core.workloads import WORKLOADS
 
-DIGITS = next(w for w in WORKLOADS if w.name == "digits")
-
-
-class Clock:
-    now = 0.0
+WARM_UP = phases._WARM_UP
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: clock.now)
-    return clock
+def loop(body, of=timed.SGD, model=Net):
+    """Return a function that trains with a loop: ``body(run, loader, loss)``."""
+
+    def trained(workload, recipe, *, seed=0, epochs=None, data_dir=None, report=None):
+        loader, _ = workload.loaders(workload.load(data_dir), seed)
+        net = model()
+        run = Run(recipe, model=net, seed=seed, optimizer=of(net.parameters(), lr=0.01))
+        body(run, loader, lambda net, batch: workload.loss(net(batch[0]), batch[1]))
+
+    return trained
 
 
-class Backward(torch.autograd.Function):
-    """The identity, whose backward takes 5."""
-
-    @staticmethod
-    def forward(ctx, x, clock):
-        ctx.clock = clock
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.clock.now += 5
-        return gradient, None
+def plain(run, loader, loss):
+    for batch in loader:
+        run.optimizers[0].zero_grad()
+        batch = run.on_batch(batch)
+        loss(run.model, batch).backward()
+        run.step(lambda batch=batch: loss(run.model, batch).backward())
 
 
-class Net(nn.Module):
-    """Its forward takes 3, and its backward 5."""
-
-    def __init__(self, clock):
-        super().__init__()
-        self.layer, self.clock = nn.Linear(2, 2), clock
-
-    def forward(self, x):
-        self.clock.now += 3
-        return Backward.apply(self.layer(x), self.clock)
+# What belongs to which phase.
 
 
-class Slow(torch.optim.SGD):
-    """A step takes 7."""
-
-    def __init__(self, parameters, clock):
-        super().__init__(parameters, lr=0.1)
-        self.clock = clock
-
-    def step(self, closure=None):
-        self.clock.now += 7
-        return super().step(closure)
+def test_the_plain_loop():
+    check_trainer(train)
 
 
-def algorithm(clock) -> Algorithm:
-    @dataclass(frozen=True)
-    class Takes(Base):
-        def on_batch(self, batch, run):
-            clock.now += 11
-            return batch
-
-        def on_gradients(self, run):
-            clock.now += 17
-
-        def on_step_end(self, run):
-            clock.now += 19
-
-    return Takes()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_loop_that_steps_by_the_run(recipe):
+    assert timed.measure(loop(plain), recipe) == pytest.approx(expected(recipe))
 
 
-def steps(clock, recipe, accumulate=1, clip=0.0):
-    model = Net(clock)
-    run = Run(recipe, model=model)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_micro_batches_add_up_in_their_step(recipe):
+    def trained(workload, recipe, **options):
+        workload = dataclasses.replace(workload, batch_size=workload.batch_size // 4)
+        loop(lambda *args: train_steps(*args, accumulate=4))(workload, recipe, **options)
 
-    def batches():
-        for _ in range(3 * accumulate):
-            clock.now += 13
-            yield torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
-
-    def loss(model, batch):
-        clock.now += 1
-        value = F.cross_entropy(model(batch[0]), batch[1])
-        clock.now += 2
-        return value
-
-    with watched() as seen:
-        run.start([Slow(model.parameters(), clock)], total_steps=3)
-        began = clock.now
-        train_steps(run, batches(), loss, accumulate=accumulate)
-        elapsed = clock.now - began
-        with torch.no_grad():
-            model.eval()
-            model(torch.ones(4, 2))  # an evaluation is booked nowhere
-    assert sum(sum(step.values()) for step in seen) == elapsed
-    return seen
+    found, want = timed.measure(trained, recipe), expected(recipe)
+    want = {phase: time if phase == "optimizer" else 4 * time for phase, time in want.items()}
+    once = timed.ON_GRADIENTS + timed.ON_STEP_END
+    want["algorithm"] -= 3 * once * (recipe != "empty")
+    assert found == pytest.approx(want)
 
 
-def test_every_interval_is_booked_to_its_phase(clock):
-    for step in steps(clock, [algorithm(clock)]):
-        assert step == {
-            "data": 13 + 1,
-            "forward": 3,
-            "backward": 2 + 5,
-            "algorithm": 11 + 17 + 19,
-            "optimizer": 7,
-        }
+def test_micro_batches_that_the_recipe_does_not_see():
+    """As with an empty recipe, for which adapters may leave calls of the run out."""
+
+    def body(run, loader, loss):
+        for batch in loader:
+            for half in ([t[:4] for t in batch], [t[4:] for t in batch]):
+                CLOCK.work(5)
+                loss(run.model, half).backward()
+            run.optimizers[0].step()
+            run.end_step()
+
+    want = {**expected("empty"), "data": timed.DATA + 2 * 5}
+    want |= {phase: 2 * want[phase] for phase in ("forward", "backward")}
+    assert timed.measure(loop(body), "empty") == pytest.approx(want)
 
 
-def test_without_an_algorithm_it_takes_no_time(clock):
-    assert {step["algorithm"] for step in steps(clock, [])} == {0}
+@pytest.mark.parametrize(
+    "call", ["on_batch", "skip_batch", "check_loss", "on_gradients", "end_step", "end_epoch"]
+)
+def test_calls_of_the_run_are_time_of_the_algorithms(monkeypatch, call):
+    method = getattr(Run, call)
+
+    def slow(*args, **kwargs):
+        CLOCK.work(7)
+        return method(*args, **kwargs)
+
+    def body(run, loader, loss):
+        for batch in loader:
+            run.skip_batch()
+            plain(run, [batch], loss)
+            run.end_epoch()
+
+    monkeypatch.setattr(Run, call, slow)
+    want = {**expected("busy"), "algorithm": timed.ALGORITHM["busy"] + 7}
+    assert timed.measure(loop(body), "busy") == pytest.approx(want)
 
 
-def test_a_second_pass_is_the_algorithms(clock):
-    for step in steps(clock, [SAM(), algorithm(clock)]):
-        assert step["algorithm"] == (11 + 17 + 19) + (1 + 3 + 2 + 5)
-        assert step["forward"] == 3
+def test_a_closure_inside_the_optimizer_is_no_time_of_the_optimizer():
+    def body(run, loader, loss):
+        for batch in loader:
+
+            def closure(batch=batch):
+                loss(run.model, run.on_batch(batch)).backward()
+                run.on_gradients()
+
+            run.optimizers[0].step(closure)
+            run.end_step()
+
+    assert timed.measure(loop(body), "busy") == pytest.approx(expected("busy"))
 
 
-def test_micro_batches_add_up(clock):
-    for step in steps(clock, [algorithm(clock)], accumulate=2):
-        assert step["forward"] == 6
-        assert step["algorithm"] == 2 * 11 + 17 + 19
-        assert step["optimizer"] == 7
+def test_a_second_pass_by_the_trainers_own_loop():
+    def body(run, loader, loss):
+        for batch in loader:
+            batch = run.on_batch(batch)
+            loss(run.model, batch).backward()
+            run.two_passes.begin()
+            loss(run.model, batch).backward()
+            run.check_loss()
+            run.two_passes.end()
+            run.on_gradients()
+            run.optimizers[0].step()
+            run.end_step()
+
+    assert timed.measure(loop(body), "full") == pytest.approx(expected("full"))
 
 
-def test_nothing_is_left_behind(clock):
-    before = {name: vars(Run)[name] for name in ("start", *phases._NEXT)}
-    model = nn.Linear(2, 2)
+def test_an_optimizer_inside_another_and_one_after_another():
+    class Outer(timed.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.inner = timed.SGD(self.param_groups[0]["params"], **kwargs)
 
-    def fails():
-        with watched():
-            Run([], model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
-            raise RuntimeError("of the user")
+        def step(self, closure=None):
+            self.inner.step(closure)
+            CLOCK.work(timed.OPTIMIZER)
 
-    with pytest.raises(RuntimeError, match="of the user"):
-        fails()
-    assert {name: vars(Run)[name] for name in before} == before
-    assert not optimizers._global_optimizer_pre_hooks
-    assert not optimizers._global_optimizer_post_hooks
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    def body(run, loader, loss):
+        run.optimizers.append(timed.SGD(run.model.parameters(), lr=0.01))
+        plain(run, loader, loss)
+
+    want = {**expected("busy"), "optimizer": 3 * timed.OPTIMIZER}
+    assert timed.measure(loop(body, of=Outer), "busy") == pytest.approx(want)
 
 
-def test_a_training_tells_them_in_milliseconds():
-    found = measure(lambda: train(DIGITS, [NoOp(), EMA("0.1dur")], epochs=1))
-    assert tuple(found) == PHASES
-    assert all(0 < value < 1e4 for value in found.values())
+def test_a_backward_inside_backward_does_not_end_it():
+    class Recomputed(Net):
+        def forward(self, x):
+            x = SlowBackward.apply(x.requires_grad_())
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    want = {**expected("busy"), "forward": 10, "backward": 2100 + 10}  # forward once more
+    assert timed.measure(loop(plain, model=Recomputed), "busy") == pytest.approx(want)
+
+
+def test_gradients_by_other_ways_than_backward():
+    def body(run, loader, loss):
+        for batch in loader:
+            weights = list(run.model.parameters())
+            grads = torch.autograd.grad(loss(run.model, run.on_batch(batch)), weights)
+            for weight, grad in zip(weights, grads, strict=True):
+                weight.grad = grad
+            run.step()
+
+    assert timed.measure(loop(body), "busy") == pytest.approx(expected("busy"))
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_what_lies_between_optimizer_and_forward_is_data(fires):
+    """Also where the update fires no hook of torch's, as that of no torch optimizer does."""
+
+    def body(run, loader, loss):
+        optimizer = run.optimizers[0]
+        for batch in loader:
+            CLOCK.work(2)  # before a call of the run that begins no micro-batch
+            run.skip_batch()
+            batch = run.on_batch(batch)
+            CLOCK.work(3)
+            loss(run.model, batch).backward()
+            run.on_gradients()
+            if fires:
+                optimizer.step()
+                CLOCK.work(4)  # as a schedule may
+            else:
+                CLOCK.work(timed.OPTIMIZER)
+            run.end_step()
+
+    want = {**expected("busy"), "data": timed.DATA + 2 + 3 + 4 * fires}
+    assert timed.measure(loop(body), "busy") == pytest.approx(want)
+
+
+def test_a_step_with_an_evaluation_before_it_is_left_out():
+    def body(run, loader, loss):
+        for n, batch in enumerate(loader):
+            if n == WARM_UP + 1:  # before the second of two
+                with torch.no_grad(), run.evaluation():
+                    run.model.eval()(batch[0])
+                    run.model.train()
+            plain(run, [batch], loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "perf_counter", CLOCK)
+        found = phases.measure(loop(body), WORKLOAD, RECIPES["full"], steps=2)
+    assert found == pytest.approx(expected("full"))
+
+
+@pytest.mark.parametrize("recipe", [(), (timed.Busy(), SAM(), MixUp())], ids=["empty", "full"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_moment_is_counted_once(monkeypatch, recipe, accumulate):
+    """Time passes at every look at the clock; nobody looks at it after the end of a step."""
+    draw, now, ends = random.Random(0), 0.0, []
+
+    def clock():
+        nonlocal now
+        now += draw.random()
+        return now
+
+    def body(run, loader, loss):
+        for _ in range(WARM_UP + 1):
+            batches = itertools.islice(itertools.cycle(loader), accumulate)
+            train_steps(run, batches, loss, accumulate=accumulate, clip_norm=1.0)
+            ends.append(now)
+
+    monkeypatch.setattr(phases, "perf_counter", clock)
+    found = phases.measure(loop(body), WORKLOAD, Recipe(recipe), steps=1)
+    assert sum(found.values()) == pytest.approx(1e3 * (ends[-1] - ends[-2]))
+    assert all(time > 0 for time in found.values())
+
+
+# Around the training.
+
+
+def test_only_as_many_steps_as_are_asked_for_are_counted_after_the_warm_up(monkeypatch):
+    """All steps before the last two are slow."""
+
+    def body(run, loader, loss):
+        assert len(loader) == WARM_UP + 2
+        for n, batch in enumerate(loader):
+            CLOCK.work(10**9 * (n < WARM_UP))
+            plain(run, [batch], loss)
+
+    monkeypatch.setattr(phases, "perf_counter", CLOCK)
+    found = phases.measure(loop(body), WORKLOAD, RECIPES["busy"], steps=2)
+    assert found == pytest.approx(expected("busy"))
+
+
+def test_the_training_is_that_of_the_arguments(tmp_path):
+    seen = {}
+
+    def load(data_dir):
+        seen["data_dir"] = data_dir
+        return timed.data()
+
+    def trained(workload, recipe, **options):
+        seen.update(options, recipe=recipe, name=workload.name)
+        loop(plain)(workload, recipe)
+
+    workload = dataclasses.replace(WORKLOAD, load=load)
+    phases.measure(trained, workload, RECIPES["busy"], steps=1, data_dir=tmp_path, seed=3)
+    assert seen["data_dir"] == tmp_path
+    assert (seen["seed"], seen["epochs"], seen["recipe"]) == (3, 1, RECIPES["busy"])
+
+
+def state():
+    """Return what watching changes, beside the model."""
+    return (
+        {**vars(Run)},
+        {**vars(SecondPass)},
+        torch.autograd.backward,
+        {**hooks._global_optimizer_pre_hooks},
+        {**hooks._global_optimizer_post_hooks},
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(fails):
+    before, models = state(), []
+
+    def body(run, loader, loss):
+        assert state() != before
+        models.append(run.model)
+        assert run.model._forward_hooks
+        assert run.model._forward_pre_hooks
+        if not fails:
+            plain(run, loader, loss)
+        else:  # in the middle of a call
+            plain(run, loader, lambda net, batch: net(batch[0]).sum())
+
+    def measure():
+        phases.measure(loop(body), WORKLOAD, Recipe([MixUp(), SAM()]), steps=1)
+
+    if fails:
+        with pytest.raises(LossError):
+            measure()
+    else:
+        measure()
+    assert state() == before
+    assert not models[0]._forward_hooks
+    assert not models[0]._forward_pre_hooks
+
+
+def test_a_device_is_waited_for_at_every_look_at_the_clock(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    monkeypatch.setattr(phases, "perf_counter", lambda: seen.append("look") or 0.0)
+    phases.measure(loop(plain), WORKLOAD, Recipe(), steps=1)
+    assert len(seen) > 2 * WARM_UP * 10
+    assert seen == ["wait", "look"] * (len(seen) // 2)
+
+
+def test_what_can_not_be_measured_is_an_error():
+    with pytest.raises(ValueError, match=r"^measure: steps must be at least 1, got 0$"):
+        phases.measure(train, WORKLOAD, Recipe(), steps=0)
+    with pytest.raises(RuntimeError, match=r"train must take 7 steps .* got 0 steps and 0 calls"):
+        phases.measure(lambda *args, **options: None, WORKLOAD, Recipe(), steps=2)
+
+    def body(run, loader, loss):  # calls a part of the model
+        plain(run, loader, lambda net, batch: net.layer(batch[0]).sum())
+
+    with pytest.raises(RuntimeError, match="got 7 steps and 0 calls of the model"):
+        phases.measure(loop(body), WORKLOAD, Recipe(), steps=2)

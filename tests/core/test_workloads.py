@@ -37,6 +37,29 @@ def test_order_and_weights_depend_on_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("steps", [3, 25])  # of which 500 examples give 15
+def test_a_shortened_workload_has_data_for_so_many_steps(steps):
+    whole = plugins.workload("digits")
+    data, short = whole.load(None), whole.shortened(steps)
+    few = short.load(None)
+    loader, evaluation = short.loaders(few, seed=0)
+    assert (len(loader), len(evaluation)) == (steps, 1)
+    assert [len(y) for _, y in loader] == [32] * steps
+    for name, count in (("train", 32 * steps), ("eval", 32)):
+        inputs, labels = getattr(few, f"{name}_inputs"), getattr(few, f"{name}_labels")
+        assert len(inputs) == len(labels) == count
+        for i in {0, 31, min(count, 500) - 1, count - 1}:
+            assert torch.equal(inputs[i], getattr(data, f"{name}_inputs")[i % 500])
+            assert labels[i] == getattr(data, f"{name}_labels")[i % 500]
+        # Not a part of the whole, which would count as memory of the training.
+        assert inputs.untyped_storage().nbytes() == inputs.nbytes
+    assert dataclasses.replace(short, load=whole.load) == whole
+
+
+def test_a_shortened_workload_looks_into_the_folder(text):
+    assert len(plugins.workload("char-lm").shortened(2, text).load(None).train_inputs) == 64
+
+
 @pytest.fixture
 def text(tmp_path):
     """Return a folder with a text whose next character is often easy to tell."""
