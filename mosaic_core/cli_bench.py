@@ -4,6 +4,7 @@ Heavy imports stay inside the commands that need them.
 """
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated
@@ -112,6 +113,8 @@ def _compare(
         from mosaic_core.bench.runs import Store
         from mosaic_core.bench.turns import runner
 
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, here)  # for modules of the user's
         for module in plugin or []:
             plugins.load(module)
         adapter, chosen = trainer_named(trainer), plugins.workload(workload)
@@ -155,14 +158,22 @@ def _compare(
                 plugins=plugin or (),
             ) as perform,
         ):
-            comparison = compare(
-                plan,
-                perform,
-                Store(output / "runs"),
-                trials=tune,
-                shared=share_tuning,
-                done=shown.done,
-            )
+            try:
+                comparison = compare(
+                    plan,
+                    perform,
+                    Store(output / "runs"),
+                    trials=tune,
+                    shared=share_tuning,
+                    done=shown.done,
+                )
+            except KeyboardInterrupt:
+                typer.echo(
+                    f"mosaic: interrupted; what has ended is kept in {output / 'runs'}, and the"
+                    " same command goes on from there",
+                    err=True,
+                )
+                raise typer.Exit(130) from None
         (output / "summary.json").write_text(summary.to_json(comparison), encoding="utf-8")
         (output / "summary.md").write_text(summary.to_markdown(comparison), encoding="utf-8")
         html = report.to_html(comparison, price=price)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +285,51 @@ def test_one_after_another_gives_the_same_accuracies(tmp_path):
         turns = {name: arm["runs_in_turns_with_baseline"] for name, arm in data["arms"].items()}
         assert turns["demo"] == (2 if turn == "7" else 0)
     assert found[0] == found[1]
+
+
+MINE = """
+import dataclasses
+from dataclasses import dataclass
+
+from mosaic_core import plugins
+from mosaic_core.algorithms import NoOp
+from mosaic_core.workloads import WORKLOADS
+
+few = dataclasses.replace(WORKLOADS[0], name="few", epochs=1)
+
+
+@dataclass(frozen=True)
+class Own(NoOp):
+    pass
+
+
+@plugins.hookimpl
+def mosaic_algorithms():
+    return [Own]
+"""
+
+
+def test_a_module_of_the_users_brings_workload_and_algorithm(tmp_path):
+    (tmp_path / "mine_of_the_user.py").write_text(MINE)
+    script = "import sys; from mosaic_core.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-P", "-c", script, "bench", "--trainer", "torch", "--seeds", "1"]
+    command += ["--workload", "mine_of_the_user:few", "--plugin", "mine_of_the_user"]
+    command += ["--recipe", "Own"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "Own, seed 0" in run.stdout
+    data = json.loads((tmp_path / "mosaic-bench" / "summary.json").read_text())
+    assert (data["workload"], list(data["arms"])) == ("few", [BASELINE, "Own"])
+
+
+def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mosaic_core.bench.comparison.complete", interrupted)
+    result = bench("--output", str(tmp_path))
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.output
 
 
 @pytest.mark.parametrize(
