@@ -641,6 +641,60 @@ def test_evaluating_in_the_middle_of_a_fit(tmp_path, what):
     assert_same(runs[1], runs[0], 0)
 
 
+class Midway(Callback):
+    """Evaluates after the second batch of each epoch, and lets training go on."""
+
+    order = 70
+
+    def __init__(self, evaluate):
+        self.evaluate, self.seen, self.expected = evaluate, [], []
+
+    def after_batch(self):
+        if not self.training or self.learn.iter != 1:
+            return
+        learn, mosaic = self.learn, self.learn.mosaic
+        training = state(learn.model)
+        learn.model.eval()
+        with mosaic.run.evaluation(), torch.no_grad():
+            averaged = state(learn.model)
+            ((x, y),) = batches(1, 1000)  # which the Learner validates on
+            self.expected.append(F.cross_entropy(learn.model(x), y).item())
+        assert difference(training, averaged) > 0
+        self.seen.append(self.evaluate(learn))
+        assert difference(state(learn.model), training) == 0
+        learn.model.train()
+        learn.training = True
+
+
+def validated(learn):
+    return learn.validate()[0]
+
+
+def validated_inside(learn):
+    with learn.validation_context(inner=True):
+        learn._do_epoch_validate()
+    return learn.recorder.log[-1]
+
+
+def predicted(learn):
+    return learn.get_preds(with_loss=True)[2].mean().item()
+
+
+@pytest.mark.parametrize("evaluate", [validated, validated_inside, predicted])
+@pytest.mark.parametrize("loss", [CrossEntropyLossFlat(), cross_entropy], ids=["flat", "plain"])
+def test_evaluating_in_the_middle_of_an_epoch(tmp_path, evaluate, loss):
+    if evaluate is predicted and loss is cross_entropy:
+        loss = nn.CrossEntropyLoss()  # get_preds asks the loss for single values
+    runs, midway = [], Midway(evaluate)
+    for cbs in ([], [midway]):
+        learn = learner(tmp_path, mosaic(), loss_func=loss)
+        learn.fit(2, cbs=cbs)
+        runs.append(learn.mosaic.run)
+    assert_same(runs[1], runs[0], 0)
+    assert len(midway.seen) == 2
+    assert midway.seen == pytest.approx(midway.expected, rel=1e-6)
+
+
 def test_the_callback_may_be_removed_for_a_moment(tmp_path):
     runs = []
     for fetch in (False, True):

@@ -71,7 +71,8 @@ class MosaicCallback(Belonging):
         run.leave_evaluation()
         self._epoch_open = True
         if self._mixes:
-            proxy = LossProxy(learn.loss_func, lambda: run.mixture)
+            # A validation in the middle of an epoch has labels of its own.
+            proxy = LossProxy(learn.loss_func, lambda: run.mixture if learn.training else None)
             self._loss.put(learn, "loss_func", proxy)
 
     def _begin(self) -> None:
@@ -133,9 +134,14 @@ class MosaicCallback(Belonging):
         self.after_train()
 
     def before_validate(self) -> None:
-        """Put the averaged weights in, until the next epoch trains."""
-        if self._active and self._depth <= 1:
+        """Put the averaged weights in, until an epoch trains or goes on."""
+        if self._active:
             self._live.enter_evaluation()
+
+    def after_validate(self) -> None:
+        """Put the training weights back in the middle of an epoch, for the batches to come."""
+        if self._epoch_open:
+            self._live.leave_evaluation()
 
     def after_fit(self) -> None:
         """Leave the averaged weights; another fit goes on from the training weights."""
