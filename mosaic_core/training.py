@@ -45,8 +45,8 @@ class Evaluation:
 
     Attributes:
         step: Optimizer steps before it.
-        epoch: Whole epochs before it.
-        seconds: Time spent training before it; evaluations do not count.
+        epoch: Whole epochs before it; ``step`` tells more in the middle of one.
+        seconds: Time spent training before it, without the start-up; evaluations do not count.
         accuracy: Share of the evaluation data classified correctly, in [0, 1].
     """
 
@@ -64,7 +64,7 @@ class History:
         evaluations: In the order of the steps.
         ms_per_step: Median time from the end of a step to the end of the next, in milliseconds.
         start_up: Seconds that the first steps took longer than later ones, as they compile and warm
-            up; no part of the other figures.
+            up; no part of the other figures. See :class:`Recorder`.
         weights: The parameters that training leaves, by their names in the workload's model, on
             the CPU.
     """
@@ -93,7 +93,8 @@ class Update:
         step: Optimizer steps done.
         total_steps: Optimizer steps of the run.
         evaluation: The one that has just been made.
-        clock_stopped: Makes a context in which the training may wait: its clock stands still.
+        clock_stopped: Makes a context in which the training may wait: its clock stands still. It
+            serves a report; a copy in another process stops nothing.
     """
 
     step: int
@@ -102,6 +103,10 @@ class Update:
     clock_stopped: Callable[[], AbstractContextManager[None]] = field(
         default=contextlib.nullcontext, repr=False, compare=False
     )
+
+    def __reduce__(self) -> tuple[type["Update"], tuple[Any, ...]]:
+        # Without the clock, which belongs to this process.
+        return Update, (self.step, self.total_steps, self.evaluation)
 
 
 Report = Callable[[Update], None]
@@ -128,7 +133,11 @@ class Train(Protocol):
             seed: Seed of weights, data order and algorithms.
             epochs: Length of the run; None takes that of the workload.
             data_dir: Folder to look for the data first.
-            report: Called after every step and every evaluation.
+            report: Called after every step and every evaluation; its time counts as training,
+                unless it waits inside ``update.clock_stopped()``.
+
+        Raises:
+            ValueError: If the workload's evaluations do not divide the steps of an epoch.
         """
         ...
 
@@ -140,14 +149,20 @@ WARM_UP = 5
 class Recorder:
     """Keeps the clock and the evaluations of one training; all trainers call the same methods.
 
-    The first ``WARM_UP`` steps are counted as if each had taken the median of the later ones before
-    the first evaluation; what they took longer is the start-up.
+    If more than ``2 * WARM_UP`` steps lie before the first evaluation, the first ``WARM_UP`` count
+    as if each had taken the median time of the others before it: what they took longer, if they
+    did, is the start-up, which is taken off ``seconds``. In a run of that many steps the median
+    step leaves them out too.
 
     Args:
         epochs: Epochs of the run.
         steps: Optimizer steps of an epoch.
         evaluations: Evaluations an epoch.
         report: Called after every step and every evaluation.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        interval: Optimizer steps from an evaluation to the next.
 
     Raises:
         ValueError: If the evaluations don't divide the steps.
@@ -161,8 +176,8 @@ class Recorder:
                 f"Recorder: evaluations must divide the {steps} steps of an epoch,"
                 f" got {evaluations}"
             )
-        self._steps, self._every = steps, steps // evaluations
-        self.total_steps, self._report = epochs * steps, report
+        self.total_steps, self.interval = epochs * steps, steps // evaluations
+        self._steps, self._report = steps, report
         self._step, self._seconds, self._start_up = 0, 0.0, 0.0
         self._started = self._last = 0.0
         self._intervals: list[float] = []
@@ -183,7 +198,7 @@ class Recorder:
     @property
     def due(self) -> bool:
         """Whether an evaluation is due in the middle of an epoch; at its end one always is."""
-        return self._step % self._every == 0 and self._step % self._steps != 0
+        return self._step % self.interval == 0 and self._step % self._steps != 0
 
     def pause(self) -> None:
         """Stop the clock: an evaluation begins."""
@@ -210,10 +225,10 @@ class Recorder:
         Args:
             model: The workload's model as training leaves it, with the averaged weights if any.
         """
-        steady = self._intervals[WARM_UP:] or self._intervals
+        warm = self._intervals[WARM_UP:] if self._step > 2 * WARM_UP else self._intervals
         return History(
             tuple(self._evaluations),
-            1e3 * statistics.median(steady),
+            1e3 * statistics.median(warm),
             {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()},
             self._start_up,
         )
@@ -224,17 +239,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
-        before = _now()
+        stopped = _now()
         try:
             yield
         finally:
-            waited = time.perf_counter() - before
+            waited = time.perf_counter() - stopped
             self._started += waited
             self._last += waited
 
 
 def _now() -> float:
-    """Return the time at which all is done that was asked of the device."""
+    """Return the time once the device has done what was asked of it, as that is training too."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

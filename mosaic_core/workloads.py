@@ -36,7 +36,8 @@ class Workload:
         model: Makes the model, with weights from torch's default generator.
         batch_size: Examples a step.
         epochs: Length of a run.
-        evaluations: Evaluations an epoch, at equal distances; it divides the steps of an epoch.
+        evaluations: Evaluations an epoch, at equal distances in steps, the last at its end; it must
+            divide the steps of an epoch.
         seeds: Runs that a comparison averages over, unless told otherwise.
         learning_rate: Peak of a one-cycle schedule over the whole run.
         momentum: Of SGD with Nesterov's momentum, or the first beta of AdamW.

@@ -27,11 +27,11 @@ __all__ = ["overhead", "train"]
 
 
 class _Record(Callback):  # type: ignore[misc]  # fastai has no types
-    """Tells the recorder what fastai does, and evaluates in the middle of an epoch."""
+    """Tells the recorder what fastai does."""
 
-    def __init__(self, recorder: Recorder, mosaic: MosaicCallback) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self.clock, self.mosaic, self.started = recorder, mosaic, False
+        self.clock, self.started = recorder, False
 
     def before_train(self) -> None:
         if not self.started:
@@ -41,29 +41,35 @@ class _Record(Callback):  # type: ignore[misc]  # fastai has no types
     def after_batch(self) -> None:
         if self.training:
             self.clock.end_step()
-            if self.clock.due:
-                self.evaluate()
-
-    def evaluate(self) -> None:
-        """Evaluate beside fastai, which knows validation at the end of an epoch only."""
-        run = self.mosaic.run
-        if run is None:  # there is one as soon as training begins
-            return
-        self.clock.pause()
-        self.model.eval()
-        right = count = 0
-        with torch.no_grad(), run.evaluation():
-            for input, target in self.dls.valid:
-                right += int((self.model(input).argmax(1) == target).sum())
-                count += target.numel()
-        self.model.train()
-        self.clock.evaluated(right / count)
 
     def before_validate(self) -> None:
         self.clock.pause()
 
     def after_epoch(self) -> None:
         self.clock.evaluated(float(self.recorder.log[-1]))
+
+
+class _Midway(Callback):  # type: ignore[misc]  # fastai has no types
+    """Validates in the middle of an epoch too, and leaves the Learner as it was."""
+
+    order = 70  # when all others have seen the training batch
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.clock = recorder
+
+    def after_batch(self) -> None:
+        if not (self.training and self.clock.due):
+            return
+        learn = self.learn
+        before = learn.dl, learn.n_iter, learn.recorder.log
+        with learn.validation_context(inner=True):
+            learn._do_epoch_validate()
+        accuracy = float(learn.recorder.log[-1])
+        learn.dl, learn.n_iter, learn.recorder.log = before
+        learn.model.train()
+        learn.training = True
+        self.clock.evaluated(accuracy)
 
 
 class _Schedule(Callback):  # type: ignore[misc]  # fastai has no types
@@ -96,7 +102,6 @@ def train(
     loaders = workload.loaders(workload.load(data_dir), seed)
     epochs = workload.epochs if epochs is None else epochs
     recorder = Recorder(epochs, len(loaders[0]), workload.evaluations, report)
-    mosaic = MosaicCallback(recipe, seed=seed)
     model = workload.new_model(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -105,7 +110,7 @@ def train(
         model,
         loss_func=workload.loss,
         metrics=_accuracy,
-        cbs=[_Record(recorder, mosaic), mosaic],
+        cbs=[_Record(recorder), _Midway(recorder), MosaicCallback(recipe, seed=seed)],
     )
     optimizer, schedule = workload.optimizer(model, recorder.total_steps)  # after surgery
     learn.opt_func = OptimWrapper(opt=optimizer)

@@ -60,12 +60,8 @@ class _Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.end_step()
-        if self.recorder.due:
-            control.should_evaluate = True
+        if control.should_evaluate:
             self.recorder.pause()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.recorder.pause()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.evaluated(kwargs["metrics"]["eval_accuracy"])
@@ -88,12 +84,18 @@ def train(
     with _quiet() as folder:
         trainer = Trainer(
             model,
-            _arguments(folder, not torch.cuda.is_available(), epochs, eval_strategy="epoch"),
+            _arguments(
+                folder,
+                not torch.cuda.is_available(),
+                epochs,
+                eval_strategy="steps",
+                eval_steps=recorder.interval,
+            ),
             data_collator=_unwrap,
             train_dataset=_Batches(loader),
             eval_dataset=_Batches(evaluation_loader),
             compute_metrics=_accuracy,
-            # The recorder comes last, so that a step has ended when it counts it.
+            # The recorder comes last: what the recipe does after a step belongs to training.
             callbacks=[MosaicCallback(recipe, seed=seed), _Record(recorder)],
             # On the model as surgery leaves it, which makes no new parameters here.
             optimizers=workload.optimizer(model, recorder.total_steps),  # type: ignore[arg-type]  # any schedule does

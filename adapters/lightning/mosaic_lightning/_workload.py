@@ -87,7 +87,7 @@ def train(
             "gpu" if torch.cuda.is_available() else "cpu",
             [_Record(recorder), MosaicCallback(recipe, seed=seed)],
             max_epochs=epochs,
-            val_check_interval=len(loader) // workload.evaluations,
+            val_check_interval=recorder.interval,
         )
         module = _Classifier(workload, seed)
         trainer.fit(module, loader, evaluation_loader)
