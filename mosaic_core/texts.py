@@ -9,9 +9,10 @@ import torch
 
 from mosaic_core.datasets import Data, MissingError, given_folders
 
-__all__ = ["LENGTH", "TOKENS", "characters"]
+__all__ = ["GROUP", "LENGTH", "TOKENS", "characters"]
 
 LENGTH = 128  # characters that a window holds
+GROUP = 128  # windows: of whole groups, any text makes an epoch that evaluations divide
 TOKENS = 256  # a character is a byte of the UTF-8 form of the text, whatever its language
 
 # Where Debian, and R itself, put the package janeaustenr.
@@ -27,7 +28,8 @@ def characters(data_dir: Path | None) -> Data:
     """Read a text: its first nine tenths to train on, the rest to evaluate.
 
     Inputs are windows of the text, int64 ``(N, LENGTH)``, that do not overlap; labels, of the same
-    shape, hold the character after each.
+    shape, hold the character after each. Those to train on are as many whole groups of ``GROUP`` as
+    there are.
 
     Args:
         data_dir: A UTF-8 text file, or a folder with ``char-lm.txt``. Without one in it or in
@@ -62,10 +64,10 @@ def _characters(path: Path) -> Data:
     tokens = torch.frombuffer(bytearray(raw.replace(b"\r\n", b"\n")), dtype=torch.uint8).long()
     split = len(tokens) * 9 // 10
     parts = []
-    for part in (tokens[:split], tokens[split:]):
-        count = (len(part) - 1) // LENGTH
+    for part, group in ((tokens[:split], GROUP), (tokens[split:], 1)):
+        count = (len(part) - 1) // LENGTH // group * group
         if count < 1:
-            least = 10 * (LENGTH + 1)
+            least = -(-10 * (GROUP * LENGTH + 1) // 9)
             raise ValueError(
                 f"mosaic: {path} must have at least {least} characters, got {len(tokens)}"
             )

@@ -204,7 +204,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=5,
         seeds=1,
-        evaluations=4,
+        evaluations=4,  # of 468 steps
         learning_rate=0.1,
     ),
     Workload(
@@ -215,7 +215,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=5,
         seeds=1,
-        evaluations=4,
+        evaluations=4,  # of 468 steps
         learning_rate=3e-3,
         weight_decay=0.05,
         adam=True,
@@ -228,7 +228,7 @@ WORKLOADS = (
         batch_size=128,
         epochs=10,
         seeds=1,
-        evaluations=3,
+        evaluations=3,  # of 390 steps
         learning_rate=0.1,
     ),
     Workload(
@@ -240,6 +240,7 @@ WORKLOADS = (
         epochs=5,
         evaluations=2,
         seeds=1,
+        evaluations=4,  # a group of windows is four steps
         learning_rate=3e-3,
         weight_decay=0.05,
         adam=True,

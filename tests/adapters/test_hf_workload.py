@@ -19,7 +19,7 @@ ROWS = [("grain", "Wheat of the"), ("acq", 'shares of "net'), ("crude", "the oil
 
 def write_texts(folder, rows=ROWS):
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(_reuters._TEXTS, (rows * 40, rows), strict=True):
+    for name, part in zip(_reuters._TEXTS, (rows * 48, rows), strict=True):
         body = "".join(f"{category}\t{text}\n" for category, text in part)
         (folder / name).write_text(HEADER + body, encoding="utf-8")
 
@@ -79,7 +79,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_stories_become_tokens(installed):
     data = installed.load(None)
-    assert data.train_inputs.shape == (160, _reuters.LENGTH)
+    assert data.train_inputs.shape == (192, _reuters.LENGTH)
     assert data.eval_inputs.shape == (4, _reuters.LENGTH)
     assert data.train_inputs.dtype == data.train_labels.dtype == torch.int64
     assert [_reuters.CLASSES[label] for label in data.eval_labels] == [name for name, _ in ROWS]
@@ -115,7 +115,7 @@ def test_it_learns(installed, trainer):
     workload = dataclasses.replace(installed, learning_rate=1e-2)
     history = adapter.load("trainer")(workload, (), epochs=4)
     assert history.final_accuracy == 1
-    assert len(history.evaluations) == 4
+    assert len(history.evaluations) == 4 * installed.evaluations
 
 
 def test_the_texts_may_lie_in_a_folder(installed, tmp_path, monkeypatch):

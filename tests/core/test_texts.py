@@ -8,7 +8,7 @@ import torch
 
 from mosaic_core import texts
 from mosaic_core.datasets import MissingError
-from mosaic_core.texts import LENGTH, characters
+from mosaic_core.texts import GROUP, LENGTH, characters
 
 
 @pytest.fixture(autouse=True)
@@ -36,24 +36,24 @@ def write_rdb(path, *objects):
 
 
 def test_windows_do_not_overlap_and_labels_come_one_later(tmp_path):
-    text = "".join(chr(97 + i % 26) for i in range(5000))
+    text = "".join(chr(97 + i % 26) for i in range(50_000))
     path = tmp_path / "some text"
     path.write_text(text)
     data = characters(path)
     raw = torch.tensor(list(text.encode()))
-    assert data.train_inputs.shape == data.train_labels.shape == (4499 // LENGTH, LENGTH)
-    assert data.eval_inputs.shape == (499 // LENGTH, LENGTH)
+    assert data.train_inputs.shape == data.train_labels.shape == (2 * GROUP, LENGTH)  # of 351
+    assert data.eval_inputs.shape == (4999 // LENGTH, LENGTH)
     assert data.train_inputs.dtype == data.train_labels.dtype == torch.int64
     flat = data.train_inputs.flatten()
     assert torch.equal(flat, raw[: len(flat)])
     assert torch.equal(data.train_labels.flatten(), raw[1 : len(flat) + 1])
     # What is evaluated begins after the last label that is trained on.
-    assert torch.equal(data.eval_inputs.flatten(), raw[4500 : 4500 + data.eval_inputs.numel()])
-    assert len(flat) + 1 <= 4500
+    assert torch.equal(data.eval_inputs.flatten(), raw[45_000 : 45_000 + data.eval_inputs.numel()])
+    assert len(flat) + 1 <= 45_000
 
 
 def test_a_character_is_a_byte_in_any_language(tmp_path):
-    (tmp_path / "char-lm.txt").write_bytes("Größe\r\n犬".encode() * 400)
+    (tmp_path / "char-lm.txt").write_bytes("Größe\r\n犬".encode() * 2000)
     data = characters(tmp_path)
     expected = list("Größe\n犬".encode())
     assert data.train_inputs[0, : len(expected)].tolist() == expected
@@ -61,15 +61,15 @@ def test_a_character_is_a_byte_in_any_language(tmp_path):
 
 
 def test_the_environment_names_a_folder_too(tmp_path, monkeypatch):
-    (tmp_path / "char-lm.txt").write_text("abc " * 1000)
+    (tmp_path / "char-lm.txt").write_text("abc " * 5000)
     monkeypatch.setenv("MOSAIC_DATA", str(tmp_path))
-    assert characters(None).train_inputs.shape == (28, LENGTH)
-    assert characters(tmp_path / "nothing here").train_inputs.shape == (28, LENGTH)
+    assert characters(None).train_inputs.shape == (GROUP, LENGTH)
+    assert characters(tmp_path / "nothing here").train_inputs.shape == (GROUP, LENGTH)
 
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_novel_is_read_without_r(tmp_path, version):
-    lines = ["EMMA", "", None, "By Jane Austen", *(f"Line {n}: é." for n in range(200))]
+    lines = ["EMMA", "", None, "By Jane Austen", *(f"Line {n}: é." for n in range(2000))]
     emma = r_characters(lines, version)
     path = tmp_path / "library/janeaustenr/data/Rdata.rdb"
     write_rdb(path, emma, r_characters(["another novel"]))
@@ -100,8 +100,13 @@ def test_another_object_of_r_is_refused(tmp_path, object):
 def test_a_text_that_will_not_do_is_refused(tmp_path):
     path = tmp_path / "char-lm.txt"
     path.write_text("too short")
-    with pytest.raises(ValueError, match="must have at least 1290 characters, got 9"):
+    with pytest.raises(ValueError, match="must have at least 18206 characters, got 9"):
         characters(path)
+    path.write_text("a" * 18_205)
+    with pytest.raises(ValueError, match="must have at least 18206 characters, got 18205"):
+        characters(path)
+    (tmp_path / "enough.txt").write_text("a" * 18_206)
+    assert characters(tmp_path / "enough.txt").train_inputs.shape == (GROUP, LENGTH)
     path.write_bytes(b"\xff\xfe" * 1000)
     with pytest.raises(ValueError, match="must be text in UTF-8, got"):
         characters(path)

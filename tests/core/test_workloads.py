@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mosaic_core import Recipe, agreement, datasets, plugins
+from mosaic_core import Recipe, agreement, datasets, plugins, texts
 from mosaic_core.algorithms import EMA, LabelSmoothing
-from mosaic_core.training import PLAIN
+from mosaic_core.training import PLAIN, Recorder
 from mosaic_core.workloads import DEMO_RECIPE
 
 
@@ -63,14 +63,14 @@ def test_a_shortened_workload_looks_into_the_folder(text):
 @pytest.fixture
 def text(tmp_path):
     """Return a folder with a text whose next character is often easy to tell."""
-    (tmp_path / "char-lm.txt").write_text("It is a truth universally acknowledged. " * 400)
+    (tmp_path / "char-lm.txt").write_text("It is a truth universally acknowledged. " * 500)
     return tmp_path
 
 
 def few(workload, data):
     """Return a workload of four small steps an epoch, on the first examples of some data."""
     part = datasets.Data(*(t[:64] for t in vars(data).values()))
-    return dataclasses.replace(workload, batch_size=16, load=lambda data_dir: part)
+    return dataclasses.replace(workload, batch_size=16, load=lambda data_dir: part, evaluations=2)
 
 
 def images(*shape):
@@ -109,6 +109,23 @@ def test_the_accuracy_of_a_language_model_is_that_of_its_characters(text):
     data = workload.load(None)
     right = model(data.eval_inputs).argmax(1) == data.eval_labels
     assert history.final_accuracy == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+STEPS = {  # of an epoch, with the data that is shipped
+    "digits": 500 // 32,
+    "fashion-mnist": 60_000 // 128,
+    "fashion-mnist-vit": 60_000 // 128,
+    "cifar10": 50_000 // 128,
+    "char-lm": texts.GROUP // 32,
+    "reuters-r8": 5_485 // 32,
+}
+
+
+@pytest.mark.parametrize("name", plugins.workloads())
+def test_an_epoch_of_what_is_shipped_can_be_divided(name):
+    workload = plugins.workload(name)
+    recorder = Recorder(workload.epochs, STEPS[name], workload.evaluations)
+    assert recorder.interval * workload.evaluations == STEPS[name]
 
 
 def test_adam_is_the_optimizer_of_transformers_alone():

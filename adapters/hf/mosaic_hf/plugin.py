@@ -71,6 +71,7 @@ def mosaic_workloads() -> "Sequence[Workload]":
             epochs=2,
             evaluations=3,
             seeds=1,
+            evaluations=3,  # of 171 steps
             learning_rate=1e-4,
             weight_decay=0.01,
             adam=True,
