@@ -238,7 +238,6 @@ WORKLOADS = (
         model=functools.partial(GPT, tokens=TOKENS, length=LENGTH),
         batch_size=32,
         epochs=5,
-        evaluations=2,
         seeds=1,
         evaluations=4,  # a group of windows is four steps
         learning_rate=3e-3,

@@ -69,7 +69,6 @@ def mosaic_workloads() -> "Sequence[Workload]":
             model=_classifier,
             batch_size=32,
             epochs=2,
-            evaluations=3,
             seeds=1,
             evaluations=3,  # of 171 steps
             learning_rate=1e-4,
