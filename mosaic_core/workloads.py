@@ -145,17 +145,6 @@ class Workload:
         return F.cross_entropy(logits, labels)
 
 
-_SETTINGS = (
-    "batch_size",
-    "learning_rate",
-    "momentum",
-    "weight_decay",
-    "adam",
-    "threads",
-    "evaluations",
-)
-
-
 class Shuffle(Sampler[int]):
     """Order of the examples: a permutation that depends on seed and epoch alone.
 
