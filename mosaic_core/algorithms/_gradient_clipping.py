@@ -1,6 +1,5 @@
 """GradientClipping: bound gradients by their norm, by their value or by the size of the weights."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic_core.algorithm import Algorithm, Card, Place
-from mosaic_core.parameters import Fragment, ReplicatedParameters
+from mosaic_core.norm import global_norm
+from mosaic_core.parameters import Fragment
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -61,10 +61,12 @@ def apply_gradient_clipping(
     _check("apply_gradient_clipping", clipping_type, clipping_threshold)
     weights = [p for p in model.parameters() if p.grad is not None]
     grads = [p.grad for p in weights if p.grad is not None]
+    if not grads:
+        return
     if clipping_type == "value":
         _clamp(grads, clipping_threshold)
     elif clipping_type == "norm":
-        _scale(grads, _norm(grads), clipping_threshold)
+        _scale(grads, global_norm(grads, grads[0].device), clipping_threshold)
     else:
         _scale_units(grads, _unit_norms(weights), _unit_norms(grads), clipping_threshold)
 
@@ -73,16 +75,6 @@ def _clamp(grads: list[Tensor], threshold: float) -> None:
     if grads:
         torch._foreach_clamp_min_(grads, -threshold)
         torch._foreach_clamp_max_(grads, threshold)
-
-
-def _norm(grads: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, in float32 or better."""
-    if not grads:
-        return torch.zeros(())
-    dtype = functools.reduce(torch.promote_types, (_precise(g) for g in grads))
-    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
-    norm: Tensor = torch.linalg.vector_norm(norms)
-    return norm
 
 
 def _scale(grads: list[Tensor], norm: Tensor, threshold: float) -> None:
@@ -209,9 +201,7 @@ class GradientClipping(Algorithm):
         if self.clipping_type == "value":
             _clamp(grads, threshold)
         elif self.clipping_type == "norm":
-            norm = _norm(grads)
-            if not isinstance(view, ReplicatedParameters):  # squares have half the range
-                norm = view.all_reduce(norm.square()).sqrt()
+            norm = global_norm(grads, next(run.model.parameters()).device, view.all_reduce)
             _scale(grads, norm, threshold)
             run.log("GradientClipping/grad_norm", norm)
         elif state.units:
