@@ -83,14 +83,17 @@ def _scale(grads: list[Tensor], norm: Tensor, threshold: float) -> None:
 
 
 def _unit_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norms of the units of each tensor, in a shape that multiplies it."""
+    """Return the norms of the units of each tensor, in a shape that multiplies it.
+
+    Summed in the order of the elements, so that no layout in memory, such as channels last, is seen
+    in their last bits.
+    """
     return [
-        torch.linalg.vector_norm(
-            t,
-            dim=tuple(range(1, t.ndim)) if t.ndim > 1 else None,
-            keepdim=t.ndim > 1,
-            dtype=_precise(t),
+        torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=_precise(t)).view(
+            -1, *(1,) * (t.ndim - 1)
         )
+        if t.ndim > 1
+        else torch.linalg.vector_norm(t, dtype=_precise(t))
         for t in tensors
     ]
 
