@@ -1,7 +1,7 @@
 """The norm of many tensors together, which algorithms on gradients divide by."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ __all__ = ["global_norm"]
 
 
 def global_norm(
-    tensors: Sequence[Tensor],
+    tensors: list[Tensor],
     device: torch.device,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
