@@ -1,6 +1,5 @@
 """GradientClipping: bound gradients by their norm, by their value or by the size of the weights."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic_core.algorithm import Algorithm, Card, Place
-from mosaic_core.parameters import Fragment, ReplicatedParameters
+from mosaic_core.norm import global_norm
+from mosaic_core.parameters import Fragment
 
 if TYPE_CHECKING:
     from mosaic_core.run import Run
@@ -61,10 +61,12 @@ def apply_gradient_clipping(
     _check("apply_gradient_clipping", clipping_type, clipping_threshold)
     weights = [p for p in model.parameters() if p.grad is not None]
     grads = [p.grad for p in weights if p.grad is not None]
+    if not grads:
+        return
     if clipping_type == "value":
         _clamp(grads, clipping_threshold)
     elif clipping_type == "norm":
-        _scale(grads, _norm(grads), clipping_threshold)
+        _scale(grads, global_norm(grads, grads[0].device), clipping_threshold)
     else:
         _scale_units(grads, _unit_norms(weights), _unit_norms(grads), clipping_threshold)
 
@@ -75,30 +77,23 @@ def _clamp(grads: list[Tensor], threshold: float) -> None:
         torch._foreach_clamp_max_(grads, threshold)
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, in float32 or better."""
-    if not grads:
-        return torch.zeros(())
-    dtype = functools.reduce(torch.promote_types, (_precise(g) for g in grads))
-    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
-    norm: Tensor = torch.linalg.vector_norm(norms)
-    return norm
-
-
 def _scale(grads: list[Tensor], norm: Tensor, threshold: float) -> None:
     if grads:
         torch._foreach_mul_(grads, (threshold / (norm + 1e-6)).clamp_(max=1))
 
 
 def _unit_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norms of the units of each tensor, in a shape that multiplies it."""
+    """Return the norms of the units of each tensor, in a shape that multiplies it.
+
+    Summed in the order of the elements, so that no layout in memory, such as channels last, is seen
+    in their last bits.
+    """
     return [
-        torch.linalg.vector_norm(
-            t,
-            dim=tuple(range(1, t.ndim)) if t.ndim > 1 else None,
-            keepdim=t.ndim > 1,
-            dtype=_precise(t),
+        torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=_precise(t)).view(
+            -1, *(1,) * (t.ndim - 1)
         )
+        if t.ndim > 1
+        else torch.linalg.vector_norm(t, dtype=_precise(t))
         for t in tensors
     ]
 
@@ -209,9 +204,7 @@ class GradientClipping(Algorithm):
         if self.clipping_type == "value":
             _clamp(grads, threshold)
         elif self.clipping_type == "norm":
-            norm = _norm(grads)
-            if not isinstance(view, ReplicatedParameters):  # squares have half the range
-                norm = view.all_reduce(norm.square()).sqrt()
+            norm = global_norm(grads, next(run.model.parameters()).device, view.all_reduce)
             _scale(grads, norm, threshold)
             run.log("GradientClipping/grad_norm", norm)
         elif state.units:

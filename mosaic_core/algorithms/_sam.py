@@ -1,6 +1,5 @@
 """SAM: step with the gradient of a nearby point where the loss is higher."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaic_core.algorithm import Algorithm, Card, Place
+from mosaic_core.norm import global_norm
 from mosaic_core.parameters import Fragment
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def sam_perturb(
     _check("sam_perturb", rho, epsilon)
     moved = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in moved if p.grad is not None]
-    steps, square = _directions(moved, grads, adaptive)
-    return _move(moved, steps, rho / (square.sqrt() + epsilon))
+    if not moved:
+        return []
+    steps, normed = _directions(moved, grads, adaptive)
+    return _move(moved, steps, rho / (global_norm(normed, moved[0].device) + epsilon))
 
 
 @torch.no_grad()
@@ -76,20 +78,14 @@ def sam_restore(before: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 def _directions(
     weights: list[Tensor], grads: list[Tensor], adaptive: bool
-) -> tuple[list[Tensor], Tensor]:
-    """Return the unscaled moves, new tensors if adaptive, and the squared norm to divide by."""
-    if not grads:
-        return [], torch.zeros(())
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the unscaled moves, new tensors if adaptive, and what to divide by the norm of."""
     # The range of float16 is too small for squared weights and for one over a tiny norm.
     grads = [g.float() if g.dtype == torch.float16 else g for g in grads]
-    steps, normed = grads, grads
-    if adaptive:
-        normed = list(torch._foreach_mul(weights, grads))
-        steps = list(torch._foreach_mul(normed, weights))
-    dtypes = (tensor.dtype for tensor in normed)
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)  # bfloat16 sums nothing up
-    norms = torch._foreach_norm(normed, 2, dtype=dtype)
-    return steps, torch.stack(norms).square().sum()
+    if not (adaptive and grads):
+        return grads, grads
+    normed = list(torch._foreach_mul(weights, grads))
+    return list(torch._foreach_mul(normed, weights)), normed
 
 
 def _move(weights: list[Tensor], steps: list[Tensor], scale: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -173,10 +169,9 @@ class SAM(Algorithm):
             if (grad := view.grad(fragment)) is not None
         ]
         masters = [fragment.master for fragment, _ in pairs]
-        steps, square = _directions(masters, [grad for _, grad in pairs], self.adaptive)
-        if not pairs:  # this rank owns nothing that has a gradient
-            square = square.to(next(run.model.parameters()).device)
-        norm = view.all_reduce(square).sqrt()
+        steps, normed = _directions(masters, [grad for _, grad in pairs], self.adaptive)
+        device = next(run.model.parameters()).device  # this rank may own nothing with a gradient
+        norm = global_norm(normed, device, view.all_reduce)
         run.state(self).before = _move(masters, steps, self.rho / (norm + self.epsilon))
         run.log("SAM/grad_norm", norm)
 

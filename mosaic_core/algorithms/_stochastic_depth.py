@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,7 +161,10 @@ class _Depth:
                 "StochasticDepth: a block must keep the shape of its input, got"
                 f" {tuple(x.shape)} and returned {tuple(y.shape)}; choose others"
             )
-        weight = weight.to(y.dtype) if isinstance(weight, Tensor) else weight
+        if isinstance(weight, Tensor):
+            weight = weight.to(y.dtype)
+        elif y.dtype != torch.float64:  # as the tensor holds it, or backward would round otherwise
+            weight = float(np.float32(weight))
         return self.put(output, torch.lerp(x.to(y.dtype), y, weight))
 
     def put(self, output: Any, y: Tensor) -> Any:

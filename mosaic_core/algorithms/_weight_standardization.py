@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -38,11 +39,10 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
         Qiao et al., `Micro-Batch Training with Batch-Channel Normalization and Weight
         Standardization <https://arxiv.org/abs/1903.10520>`_, 2019, Eqs. 5-6.
     """
-    # Layer norm over a filter is the same formula in one kernel; it wants what it normalises dense.
-    if weight.is_contiguous():
-        return F.layer_norm(weight, weight.shape[1:], eps=eps)
-    weight = weight.movedim(1, -1)
-    return F.layer_norm(weight, weight.shape[1:], eps=eps).movedim(-1, 1)
+    # Layer norm over a filter is the same formula in one kernel. It sums in the order of the
+    # elements whatever their order in memory, so the result is the same to the last bit.
+    y = F.layer_norm(weight, weight.shape[1:], eps=eps)
+    return y if weight.is_contiguous() else torch.empty_like(weight).copy_(y)
 
 
 class Standardized(_ConvNd):

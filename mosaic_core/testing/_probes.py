@@ -7,6 +7,7 @@ import torch
 
 from mosaic_core.algorithm import Algorithm, Card, Place
 from mosaic_core.batch import Batch
+from mosaic_core.norm import global_norm
 from mosaic_core.progress import Duration
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Squash(Algorithm):
         """Change every gradient by the norm of all."""
         view = run.parameters
         pairs = [(f, g) for f in view.fragments() if (g := view.grad(f)) is not None]
-        square = torch.stack([grad.float().square().sum() for _, grad in pairs]).sum()
-        norm = view.all_reduce(square).sqrt()
+        device = next(run.model.parameters()).device
+        norm = global_norm([grad for _, grad in pairs], device, view.all_reduce)
         for fragment, grad in pairs:
             view.set_grad(fragment, grad / (1 + norm))
 

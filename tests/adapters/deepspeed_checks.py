@@ -22,7 +22,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from mosaic_core import Algorithm, LossError, Place, Recipe, Run, UnsupportedError
 from mosaic_core.agreement import distance
-from mosaic_core.algorithms import EMA, SAM, BlurPool, LabelSmoothing, MixUp
+from mosaic_core.algorithms import (
+    EMA,
+    SAM,
+    BlurPool,
+    ChannelsLast,
+    GradientClipping,
+    LabelSmoothing,
+    MixUp,
+    StochasticDepth,
+    WeightStandardization,
+)
 from mosaic_core.loop import train_steps
 from mosaic_core.testing._jobs import Loss
 from mosaic_core.testing._network import examples, network
@@ -414,6 +424,21 @@ def gradients_are_changed_before_clipping():
     for stage in (0, 1, 2, 3):
         exact([Prune()], mode(f"ZeRO-{stage}, accumulation"), clip_norm=0.1)
     exact([Prune(), SAM(), EMA("4ba")], mode("ZeRO-3"), clip_norm=0.1)
+
+
+@check()
+def norms_of_channels_last_weights_are_those_of_flat_ones():
+    """ZeRO flattens them, and an ulp of a norm grows to 1.8e-6 of the weights in 20 steps."""
+    for algorithm in (
+        SAM(),
+        SAM(1.0, adaptive=True),
+        GradientClipping("norm", 0.3),
+        GradientClipping.example(),
+        WeightStandardization(),
+        StochasticDepth.example(),
+    ):
+        for name in ("ZeRO-2", "ZeRO-2, accumulation of 2"):
+            exact((ChannelsLast(), algorithm), mode(name))
 
 
 @check()

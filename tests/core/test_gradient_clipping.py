@@ -143,14 +143,16 @@ class TestFunction:
         apply_gradient_clipping(model, "adaptive", 0.5)
         torch.testing.assert_close(model.weight.grad, torch.full((2, 8), 0.5).half())
 
-    def test_channels_last(self):
-        """The same numbers, in the same layout."""
-        model, other = (Weights(shapes=[(4, 3, 5, 5)]) for _ in range(2))
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_channels_last(self, dtype):
+        """The same numbers to the last bit, in the same layout."""
+        model, other = (Weights(dtype, shapes=[(32, 24, 5, 5)]) for _ in range(2))
         for tensor in (model.all[0], model.all[0].grad):
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         for kind in ("adaptive", "norm"):
             apply_gradient_clipping(model, kind, 0.5)
             apply_gradient_clipping(other, kind, 0.5)
+            assert dtype == torch.float64 or torch.equal(model.grads[0], other.grads[0])
             torch.testing.assert_close(model.grads, other.grads, rtol=1e-13, atol=0)
             assert model.grads[0].is_contiguous(memory_format=torch.channels_last)
 

@@ -172,6 +172,20 @@ class TestFunctions:
             assert w.dtype == dtype
         assert all(a.data_ptr() != w.data_ptr() for w, a in before)
 
+    @pytest.mark.parametrize("adaptive", [False, True])
+    def test_the_layout_in_memory_is_not_seen(self, adaptive):
+        """To the last bit, or a run with channels-last weights would not be that of ZeRO."""
+        for seed in range(16):
+            g = torch.Generator().manual_seed(seed)
+            w, grad = torch.randn(2, 16, 24, 3, 3, generator=g)
+            moved = []
+            for layout in (torch.contiguous_format, torch.channels_last):
+                weight = w.clone(memory_format=layout).requires_grad_()
+                weight.grad = grad.contiguous(memory_format=layout)
+                sam_perturb([weight], 2.0, adaptive=adaptive)
+                moved.append(weight)
+            assert torch.equal(*moved)
+
     def test_not_a_number_is_undone(self):
         """As after an overflow, when a gradient scaler is about to skip the step."""
         weights = tensors()

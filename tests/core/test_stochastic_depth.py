@@ -242,20 +242,21 @@ class TestSkipping:
         for block, zero in zip(model, (False, True, False), strict=True):
             assert all((p.grad == 0).all() == zero for p in block.parameters())
 
+    @pytest.mark.parametrize("rate", [0.25, 0.5])  # one over 0.75 is rounded
     @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
-    def test_equals_weighting_by_zero(self, kind):
+    def test_equals_weighting_by_zero(self, kind, rate):
         """As sharded and compiled models do: gradients, and no statistics of a dropped block."""
         x, results = images(), []
         for skips in (True, False):
             model = small_resnet(kind)
-            names = apply_stochastic_depth(model, drop_rate=0.5, drop_distribution="uniform")
+            names = apply_stochastic_depth(model, drop_rate=rate, drop_distribution="uniform")
             for module in stochastic(model):
                 assert module.mosaic_depth.skips
                 module.mosaic_depth.skips = skips
             decide(model, *(i % 2 == 0 for i in range(len(names))))
             results.append((gradients(model, *x), buffers(model)))
         (skipped, statistics), (weighted, same) = results
-        assert_equal(weighted, skipped, 1e-6)
+        assert_equal(weighted, skipped)
         assert_equal(same, statistics)
         untouched = [b for n, b in statistics.items() if n.startswith(f"{names[0]}.")]
         assert untouched

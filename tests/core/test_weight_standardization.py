@@ -97,7 +97,17 @@ class TestWeights:
         y = standardize_weight(last)
         assert y.is_contiguous(memory_format=FORMATS[dims])
         assert standardize_weight(weight).is_contiguous()
-        torch.testing.assert_close(y, standardize_weight(weight))
+        assert torch.equal(y, standardize_weight(weight))
+
+    def test_gradients_are_the_same_in_every_memory_format(self):
+        """To the last bit: ZeRO keeps a channels-last weight as a flat one."""
+        weight, grad = draw(16, 24, 3, 3), draw(16, 24, 3, 3).flip(0)
+        flat = weight.clone().requires_grad_()
+        last = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+        for w in (flat, last):
+            standardize_weight(w).backward(grad.contiguous(memory_format=torch.channels_last))
+        assert last.grad.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(flat.grad, last.grad)
 
 
 class TestConvolutions:

@@ -21,6 +21,7 @@ def mosaic_adapter() -> Adapter:
     modes = (
         *(Mode(f"ZeRO-{s}", options={"stage": s}) for s in _STAGES),
         *(Mode(f"ZeRO-{s}, accumulation", accumulate=4, options={"stage": s}) for s in _STAGES),
+        *(Mode(f"ZeRO-{s}, accumulation of 2", accumulate=2, options={"stage": s}) for s in (2, 3)),
         *(Mode(f"ZeRO-{s}, autocast", precision="bf16", options={"stage": s}) for s in _STAGES),
         *(Mode(f"ZeRO-{s}, bf16", options={"stage": s, **_bf16(s)}) for s in _STAGES),
         *(

@@ -40,6 +40,7 @@ def mosaic_adapter() -> Adapter:
                 Mode(f"DeepSpeed ZeRO-{s}", _ZERO, accumulate=4, options={"stage": s})
                 for s in (0, 1, 2, 3)
             ),
+            Mode("DeepSpeed ZeRO-2, accumulation of 2", _ZERO, accumulate=2, options={"stage": 2}),
             Mode("DeepSpeed ZeRO-2, bf16", _ZERO, options={"stage": 2, "weights": "bf16"}),
             Mode("DeepSpeed ZeRO-2, fp16", _SCALED, options={"stage": 2, "weights": "fp16"}),
             *(
