@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic_core.errors import UnsupportedError
-from mosaic_core.mixture import Mixture, align
+from mosaic_core.mixture import Mixture, align, compose
 
 __all__ = ["evaluate", "is_known_loss", "known_losses", "register_loss_function"]
 
@@ -74,6 +74,22 @@ def _elements(
     return loss, counted
 
 
+def _cross_entropy(
+    mixture: Mixture,
+    function: Callable[..., Tensor],
+    input: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Evaluate F.cross_entropy: a single label needs nothing but torch's fused smoothing."""
+    label, weight = mixture.components[0]
+    if weight is not None or len(mixture.components) > 1 or label.is_floating_point():
+        return _over_classes(mixture, function, input, args, kwargs)
+    options = _named(args, kwargs) if args else kwargs
+    options["label_smoothing"] = compose(mixture.smoothing, options.get("label_smoothing", 0.0))
+    return function(input, label, **options)
+
+
 def _over_classes(
     mixture: Mixture,
     function: Callable[..., Tensor],
@@ -82,7 +98,7 @@ def _over_classes(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Evaluate F.cross_entropy or F.nll_loss: one log-softmax serves all components."""
-    options = _named(args, kwargs, ("weight", "size_average", "ignore_index", "reduce"))
+    options = _named(args, kwargs)
     class_weight, reduction = options.get("weight"), options.get("reduction", "mean")
     ignore_index = options.get("ignore_index", -100)
     if options.get("size_average") is not None or options.get("reduce") is not None:
@@ -90,22 +106,10 @@ def _over_classes(
             f"{function.__name__}: size_average and reduce are not known for a mixture of labels;"
             " use reduction"
         )
-    smoothing = mixture.smooth(options.get("label_smoothing", 0.0)).smoothing
-    label, only_weight = mixture.components[0]
+    smoothing = compose(mixture.smoothing, options.get("label_smoothing", 0.0))
     is_cross_entropy = function is F.cross_entropy
-
-    if is_cross_entropy and label.is_floating_point():
+    if is_cross_entropy and mixture.label.is_floating_point():
         return _over_dense_classes(mixture, input, class_weight, reduction, smoothing)
-    if is_cross_entropy and len(mixture.components) == 1 and only_weight is None:
-        # A single label needs nothing but torch's fused smoothing.
-        return function(
-            input,
-            label,
-            weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=smoothing,
-        )
 
     if torch.is_autocast_enabled(input.device.type):
         input = input.float()  # as autocast does for F.cross_entropy
@@ -243,12 +247,12 @@ def _scaled(value: Tensor, weight: Tensor | None) -> Tensor:
     return value if weight is None else value * align(weight, value).to(value.dtype)
 
 
-def _named(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]
-) -> dict[str, Any]:
-    """Give the positional options of a torch loss their names."""
-    positions = (*names, "reduction", "label_smoothing")[: len(args)]
-    return {**dict(zip(positions, args, strict=True)), **kwargs}
+_OPTIONS = ("weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the positional options of F.cross_entropy and F.nll_loss their names."""
+    return {**dict(zip(_OPTIONS[: len(args)], args, strict=True)), **kwargs}
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -256,7 +260,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 _LOSSES: dict[Callable[..., Tensor], _Handler] = {
-    F.cross_entropy: _over_classes,
+    F.cross_entropy: _cross_entropy,
     F.nll_loss: _over_classes,
     F.binary_cross_entropy: _linear,
     F.binary_cross_entropy_with_logits: _linear,

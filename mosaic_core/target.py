@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mosaic_core.errors import LossError, UnsupportedError
 from mosaic_core.losses import evaluate, is_known_loss, known_losses, register_loss_function
-from mosaic_core.mixture import Mixture, Receipt
+from mosaic_core.mixture import Mixture, Receipt, compose
 
 __all__ = ["LossProxy", "MixedTarget", "register_loss", "unconsumed"]
 
@@ -96,10 +96,10 @@ class MixedTarget(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if is_known_loss(func):
-                target = kwargs["target"] if "target" in kwargs else args[1]
+                options = dict(kwargs)
+                target = options.pop("target") if "target" in options else args[1]
                 if isinstance(target, MixedTarget):
-                    options = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
-                    input = kwargs["input"] if "input" in kwargs else args[0]
+                    input = options.pop("input") if "input" in options else args[0]
                     return evaluate(target.mixture, func, _plain(input), args[2:], options)
             elif func in _CARRIED and args and isinstance(args[0], MixedTarget):
                 rest, options = _plain(args[1:]), _plain(kwargs)
@@ -236,7 +236,7 @@ class LossProxy:
         if not isinstance(module, nn.CrossEntropyLoss):
             return self._carry(smoothing, *args, **kwargs)
         own = module.label_smoothing
-        module.label_smoothing = 1 - (1 - own) * (1 - smoothing)
+        module.label_smoothing = compose(own, smoothing)
         try:
             return loss(*args, **kwargs)
         finally:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from mosaic_core.algorithm import Algorithm, Card, Place
@@ -35,7 +35,6 @@ def smooth_labels(logits: Tensor, target: Tensor, smoothing: float = 0.1) -> Ten
             does not exist; ``-100`` has no dense counterpart.
 
     Example:
-        >>> import torch
         >>> smooth_labels(torch.zeros(1, 4), torch.tensor([2]), smoothing=0.2)
         tensor([[0.0500, 0.0500, 0.8500, 0.0500]])
 
@@ -46,21 +45,21 @@ def smooth_labels(logits: Tensor, target: Tensor, smoothing: float = 0.1) -> Ten
     _check_smoothing("smooth_labels", smoothing)
     classes = logits.shape[1]
     if target.shape == logits.shape:
-        dense = target.to(logits.dtype)
-    elif target.shape == logits.shape[:1] + logits.shape[2:] and not target.is_floating_point():
-        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+        return target.to(logits.dtype) * (1 - smoothing) + smoothing / classes
+    if target.shape == logits.shape[:1] + logits.shape[2:] and not target.is_floating_point():
+        low, high = map(int, target.aminmax()) if target.numel() else (0, 0)
+        if low < 0 or high >= classes:
             raise ValueError(
-                f"smooth_labels: target must hold classes in [0, {classes}), got"
-                f" [{int(target.min())}, {int(target.max())}]; F.cross_entropy with"
-                " label_smoothing ignores such labels"
+                f"smooth_labels: target must hold classes in [0, {classes}), got [{low}, {high}];"
+                " F.cross_entropy with label_smoothing ignores such labels"
             )
-        dense = F.one_hot(target.long(), classes).movedim(-1, 1).to(logits.dtype)
-    else:
-        raise ValueError(
-            "smooth_labels: target must be class indices of shape (N, ...) or dense of the shape of"
-            f" logits, {tuple(logits.shape)}, got {target.dtype} {tuple(target.shape)}"
-        )
-    return dense * (1 - smoothing) + smoothing / classes
+        dense = torch.full_like(logits, smoothing / classes)
+        # Written once; the one-hot tensor of F.one_hot would be int64, of twice the size or more.
+        return dense.scatter_(1, target.long().unsqueeze(1), 1 - smoothing + smoothing / classes)
+    raise ValueError(
+        "smooth_labels: target must be class indices of shape (N, ...) or dense of the shape of"
+        f" logits, {tuple(logits.shape)}, got {target.dtype} {tuple(target.shape)}"
+    )
 
 
 def _check_smoothing(where: str, smoothing: float) -> None:

@@ -115,6 +115,16 @@ class Operations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_dense_targets_are_written_once(shape):
+    """No one-hot tensor of int64 is made on the way, of twice the size of the logits."""
+    logits = logits_of(shape)
+    with Operations() as ours:
+        smooth_labels(logits, labels_of(shape))
+    large = [name for name, shape in ours.seen if shape == tuple(logits.shape)]
+    assert large == ["aten.full_like.default", "aten.scatter_.value"]
+
+
 class TestInARun:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("weight", [None, torch.tensor([0.2, 1.0, 3.0, 0.7, 1.5])])

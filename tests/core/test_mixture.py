@@ -259,6 +259,14 @@ class TestCrossEntropy:
         assert len(mixture.components) == 4
         assert len(calls) == 1
 
+    @pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}])
+    @pytest.mark.filterwarnings("ignore:size_average and reduce")
+    def test_a_single_label_takes_all_that_torch_takes(self, options):
+        logits, labels, _ = draw(ignored=(1,))
+        target = MixedTarget.of(Mixture.of(labels).smooth(0.1))
+        expected = F.cross_entropy(logits, labels, label_smoothing=0.1, **options)
+        assert torch.equal(F.cross_entropy(logits, target, **options), expected)
+
     @pytest.mark.parametrize("option", ["size_average", "reduce"])
     @pytest.mark.filterwarnings("ignore:size_average and reduce")
     def test_legacy_reductions_are_refused(self, option):
@@ -583,6 +591,13 @@ class TestComposition:
         assert torch.equal(lam, mixings(True))
         F.cross_entropy(logits, MixedTarget.of(mixture.mix(perm, lam)), CLASS_WEIGHT)
         assert torch.equal(labels, before)
+
+    def test_one_smoothing_is_kept_to_the_bit(self):
+        """Computed as 1 - (1 - 0) * (1 - 0.1), it would differ from 0.1."""
+        plain = Mixture.of(torch.tensor([0]))
+        assert plain.smooth(0.1).smoothing == plain.smooth(0.1).smooth(0.0).smoothing == 0.1
+        assert plain.smooth(0.0).smooth(0.1).smoothing == 0.1
+        assert plain.smooth(0.1).smooth(0.2).smoothing == pytest.approx(0.28, rel=1e-15)
 
     def test_trivial(self):
         _, labels, perm = draw()
