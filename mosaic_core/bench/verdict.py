@@ -67,7 +67,7 @@ class Verdict:
         text += f", {self._ends(ratio, f'.{digits}f')}" if several else ", no interval"
         text += f", {seeds}; {self.steps.ratio.estimate:.2f}x in steps, {self._step()}"
         if not self.accuracy.non_inferior:
-            text += f"; final metric {gain.estimate:+.3g}"
+            text += f"; final metric {round(gain.estimate, 9):+.3g}"  # 9: of rounding nothing shows
             text += f", {self._ends(gain, '+.3g')}" if several else ""
         if a or b:
             text += f"; {a} of {self.seeds} runs of the baseline and {b} of the recipe missed the"
