@@ -188,6 +188,11 @@ def judge_all(
     for (name, found), p in zip(list(verdicts.items()), adjusted, strict=True):
         verdicts[name] = dataclasses.replace(found, adjusted_p=p)
         if found.finding in ("faster", "slower") and p > 1 - level:
+            if found.accuracy.inferior:  # which needs no correction
+                verdicts[name] = dataclasses.replace(
+                    verdicts[name], finding="less accurate", more_seeds=0
+                )
+                continue
             strict = verdict(recipes[name], 1 - (1 - level) / len(recipes))  # Holm's first step
             more = None if strict.more_seeds is None else max(1, strict.more_seeds)
             verdicts[name] = dataclasses.replace(
