@@ -407,6 +407,14 @@ def test_holm_takes_back_what_may_be_luck() -> None:
     need = seeds_needed(2.5 * 0.05 / math.sqrt(12), 0.05, 1 - 0.05 / 3)
     assert luck.more_seeds == need - 12  # type: ignore[operator]  # not None here
     assert str(luck).endswith(f"; p = {luck.adjusted_p:.2g} corrected for several recipes")
+    # A loss of accuracy is told all the same.
+    slow = runs(100 * np.exp(2.5 * 0.05 / math.sqrt(12) + 0.05 * z))
+    lost = [dataclasses.replace(run, metric=run.metric - 0.4) for run in slow]
+    assert judge(base, slow, target="91 %", delta=0.01).finding == "slower"
+    assert judge(base, lost, target="91 %", delta=0.01).finding == "slower"
+    both = judge_all(base, {**recipes, "slow": slow, "lost": lost}, target="91 %", delta=0.01)
+    assert (both["slow"].finding, both["lost"].finding) == ("cannot tell", "less accurate")
+    assert both["lost"].more_seeds == 0
     only = judge_all(base, {"luck": recipes["luck"]}, target="91 %", delta=0.01)["luck"]
     assert only == alone["luck"]
     assert judge_all(base, {}, target="91 %", delta=0.01) == {}
