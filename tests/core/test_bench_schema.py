@@ -74,6 +74,19 @@ def test_a_summary_keeps_the_schema(tmp_path: Path, options: dict[str, Any]) -> 
     VALIDATOR.validate(summary(tmp_path, **options))
 
 
+RESULTS = sorted((Path(__file__).parents[2] / "bench/results").glob("*.json"))
+PUBLISHED = [path for path in RESULTS if "arms" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_summaries_keep_it_and_took_turns(path: Path) -> None:
+    data = json.loads(path.read_text())
+    VALIDATOR.validate(data)
+    for name, arm in data["arms"].items():
+        if name != "baseline":  # or the machine's other work would be in the ratio of the times
+            assert arm["runs_in_turns_with_baseline"] == len(data["seeds"])
+
+
 def test_an_unknown_or_a_missing_key_fails(tmp_path: Path) -> None:
     data = summary(tmp_path)
     paths = list(objects(data))
