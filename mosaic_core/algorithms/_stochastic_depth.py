@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -161,11 +160,8 @@ class _Depth:
                 "StochasticDepth: a block must keep the shape of its input, got"
                 f" {tuple(x.shape)} and returned {tuple(y.shape)}; choose others"
             )
-        if isinstance(weight, Tensor):
-            weight = weight.to(y.dtype)
-        elif y.dtype != torch.float64:  # as the tensor holds it, or backward would round otherwise
-            weight = float(np.float32(weight))
-        return self.put(output, torch.lerp(x.to(y.dtype), y, weight))
+        weight = weight.to(y.dtype) if isinstance(weight, Tensor) else y.new_full((), weight)
+        return self.put(output, torch.lerp(x.to(y.dtype), y, weight))  # a number rounds otherwise
 
     def put(self, output: Any, y: Tensor) -> Any:
         """Return the new sum in the form in which the block returns it."""
