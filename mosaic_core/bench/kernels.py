@@ -219,7 +219,7 @@ def _cutout(x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
 
 def _smoothing(logits: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
     # All compute the same value here. An ignored label, such as -100, is left out by torch's and so
-    # by ours, an error for timm's, and smoothed all the same by fastai's, which saves that a mask.
+    # by ours, an error for timm's, and smoothed all the same by a trainer's, which saves a mask.
     def backward(loss: Callable[[], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(loss(), logits)
 
