@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
+from mosaic_core.plain import PLAIN
 from mosaic_core.recipe import Recipe
-from mosaic_core.training import PLAIN, History, Update
+from mosaic_core.training import History, Update
 
 if TYPE_CHECKING:
     from mosaic_core.adapter import Adapter

@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands that need them.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def _compare(
         from mosaic_core.bench.display import display
         from mosaic_core.bench.plan import BASELINE, Arm, Plan, ablation
         from mosaic_core.bench.runs import Store
-        from mosaic_core.bench.turns import runner
+        from mosaic_core.bench.turns import Trainee, Turns
 
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.insert(0, here)  # for modules of the user's
@@ -146,17 +147,13 @@ def _compare(
         console = Console()
         if not as_json:
             console.print(f"{chosen.name} with {trainer_text(adapter)}, {seeds} seeds")
+        what = (chosen, adapter.load("trainer"), data_dir)
         trials = (tune + 1) * (1 if share_tuning else len(arms)) if tune else 0
         with (
             display(console, trials + len(arms) * seeds, as_json=as_json) as shown,
-            runner(
-                chosen,
-                adapter.load("trainer"),
-                data_dir,
-                shown.step,
-                turn=turn,
-                plugins=plugin or (),
-            ) as perform,
+            Turns(*what, shown.step, turn=turn, plugins=plugin or ())
+            if turn
+            else contextlib.nullcontext(Trainee(*what, shown.step)) as perform,
         ):
             try:
                 comparison = compare(

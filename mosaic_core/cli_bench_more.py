@@ -103,14 +103,14 @@ def bench_controls(
         from mosaic_core.bench import controls
         from mosaic_core.bench.display import display
         from mosaic_core.bench.runs import Store
-        from mosaic_core.bench.turns import runner
+        from mosaic_core.bench.turns import Turns
 
         plugins.load(controls.__name__)
         adapter, chosen, console = trainer_named(trainer), plugins.workload(workload), Console()
         train, runs = adapter.load("trainer"), 4 * controls.seeds_of(comparisons)
         with (
             display(console, runs) as shown,
-            runner(chosen, train, data_dir, shown.step, plugins=(controls.__name__,)) as perform,
+            Turns(chosen, train, data_dir, shown.step, plugins=(controls.__name__,)) as perform,
         ):
             results = controls.run(
                 chosen,

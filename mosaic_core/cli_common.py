@@ -51,7 +51,7 @@ def trainer_named(name: str | None) -> "Adapter":
     from mosaic_core.datasets import MissingError
     from mosaic_core.doctor import version_of
     from mosaic_core.errors import nearest
-    from mosaic_core.training import PLAIN
+    from mosaic_core.plain import PLAIN
 
     known = {**plugins.adapters(), PLAIN.name: PLAIN}
     if name is None:

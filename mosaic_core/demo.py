@@ -16,7 +16,7 @@ from rich.table import Table
 from mosaic_core.bench.memory import peak_memory
 from mosaic_core.datasets import MissingError
 from mosaic_core.recipe import Recipe
-from mosaic_core.training import Evaluation, History, Train, Update
+from mosaic_core.training import Evaluation, History, Train, Update, mean_curve
 from mosaic_core.workloads import Workload
 
 if TYPE_CHECKING:
@@ -40,15 +40,7 @@ class Arm:
     @property
     def mean(self) -> list[Evaluation]:
         """The evaluations, averaged over the seeds."""
-        return [
-            Evaluation(
-                step=same[0].step,
-                epoch=same[0].epoch,
-                seconds=statistics.mean(e.seconds for e in same),
-                accuracy=statistics.mean(e.accuracy for e in same),
-            )
-            for same in zip(*(h.evaluations for h in self.histories), strict=True)
-        ]
+        return mean_curve(history.evaluations for history in self.histories)
 
     @property
     def ms_per_step(self) -> float:

@@ -38,15 +38,13 @@ from torch.optim.optimizer import (
 from mosaic_core.recipe import Recipe
 from mosaic_core.run import Run
 from mosaic_core.second_pass import SecondPass
-from mosaic_core.training import Train
+from mosaic_core.training import WARM_UP, Train
 from mosaic_core.workloads import Workload
 
 __all__ = ["PHASES", "measure"]
 
 PHASES = ("data", "forward", "backward", "algorithm", "optimizer")
 """The phases of a step, in their order."""
-
-_WARM_UP = 5  # first steps, in which kernels are chosen and memory is fetched
 
 # Calls of a run in training, which are the algorithms' time; so is a second pass.
 _CALLS = ("on_batch", "skip_batch", "check_loss", "on_gradients", "end_step", "end_epoch")
@@ -88,14 +86,14 @@ def measure(
     if steps < 1:
         raise ValueError(f"measure: steps must be at least 1, got {steps}")
     # The first step of an epoch follows an evaluation, so an epoch needs a second one.
-    an_epoch = -(-(_WARM_UP + steps + epochs - 1) // epochs)
+    an_epoch = -(-(WARM_UP + steps + epochs - 1) // epochs)
     short, ledger = workload.shortened(max(2, an_epoch), data_dir), _Ledger()
     with _watched(ledger):
         train(short, recipe, seed=seed, epochs=epochs)
-    counted = ledger.steps[_WARM_UP:]
+    counted = ledger.steps[WARM_UP:]
     if not (counted and ledger.forwards):
         raise RuntimeError(
-            f"measure: train must take {_WARM_UP + steps} steps of a Run whose model it calls, got"
+            f"measure: train must take {WARM_UP + steps} steps of a Run whose model it calls, got"
             f" {len(ledger.steps)} steps and {ledger.forwards} calls of the model"
         )
     return {phase: 1e3 * statistics.median(step[phase] for step in counted) for phase in PHASES}

@@ -6,12 +6,12 @@ lives in a process of its own, as trainers keep global state; only one of them c
 and the clock of the others stands still.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Any, Self
 import torch
 
 from mosaic_core.bench.probe import Probe, probe
-from mosaic_core.bench.runs import Job, Record, Runner
+from mosaic_core.bench.runs import Job, Record
 from mosaic_core.plugins import load
 from mosaic_core.recipe import Recipe
 from mosaic_core.training import Evaluation, Train, Update
 from mosaic_core.workloads import Workload
 
-__all__ = ["TURN", "Report", "Trainee", "Turns", "runner"]
+__all__ = ["TURN", "Report", "Trainee", "Turns"]
 
 TURN = 20
 """Steps of a turn, unless told otherwise: long beside what a change of turns costs."""
@@ -140,6 +140,9 @@ class Turns:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for worker in self._workers:
             worker.end()
         self._workers.clear()
@@ -150,19 +153,23 @@ class Turns:
             self._workers.append(_Worker(self._context, self._what))
         together = tuple(job.file for job in jobs)
         running = list(zip(jobs, self._workers, strict=False))
-        for job, worker in running:  # all are warm, and none was refused, before the first begins
-            worker.ask(job, (job, together))
-        for n in itertools.count():
-            if not running:
-                return
-            # Back and forth, so that none always follows the same one.
-            for job, worker in list(running if n % 2 == 0 else reversed(running)):
-                answer = worker.ask(job, "go on")
-                if isinstance(answer, Record):
-                    running.remove((job, worker))
-                    yield answer
-                elif self._report is not None:
-                    self._report(job, *answer)
+        try:
+            for job, worker in running:  # all are warm, and none was refused, before one begins
+                worker.ask(job, (job, together))
+            for n in itertools.count():
+                if not running:
+                    return
+                # Back and forth, so that none always follows the same one.
+                for job, worker in list(running if n % 2 == 0 else reversed(running)):
+                    answer = worker.ask(job, "go on")
+                    if isinstance(answer, Record):
+                        running.remove((job, worker))
+                        yield answer
+                    elif self._report is not None:
+                        self._report(job, *answer)
+        finally:
+            if running:  # something went wrong, and the others wait in the middle of their runs
+                self._end()
 
 
 class _Worker:
@@ -173,18 +180,22 @@ class _Worker:
         self._process: Any = context.Process(target=_work, args=(theirs, *what))  # type: ignore[attr-defined]  # every context has it
         self._process.start()
         theirs.close()
-        self._connection.recv()
+        self._answer("to train")
 
     def ask(self, job: Job, message: Any) -> Any:
         """Send a message about a run and return the answer; one that is an error is raised."""
-        try:
+        with contextlib.suppress(OSError):  # the answer tells what became of it
             self._connection.send(message)
+        return self._answer(f"of {job.file}")
+
+    def _answer(self, whose: str) -> Any:
+        try:
             answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(
-                f"mosaic: the process of {job.file} ended with exit code"
-                f" {self._process.exitcode}; if that is -9, memory was short"
+                f"mosaic: the process {whose} ended with exit code {self._process.exitcode}; if"
+                " that is -9, memory was short"
             ) from None
         if isinstance(answer, BaseException):
             raise answer
@@ -196,27 +207,6 @@ class _Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-
-@contextmanager
-def runner(
-    workload: Workload,
-    train: Train,
-    data_dir: Path | None = None,
-    report: Report | None = None,
-    *,
-    turn: int = TURN,
-    plugins: Sequence[str] = (),
-) -> Iterator[Runner]:
-    """Hold what performs runs: in turns, or one after another if ``turn`` is 0.
-
-    See :class:`Turns` for the arguments.
-    """
-    if turn == 0:
-        yield Trainee(workload, train, data_dir, report)
-    else:
-        with Turns(workload, train, data_dir, report, turn=turn, plugins=plugins) as turns:
-            yield turns
 
 
 def _context(train: Train) -> BaseContext:

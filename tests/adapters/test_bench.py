@@ -10,7 +10,7 @@ from mosaic_core.bench.comparison import compare
 from mosaic_core.bench.plan import BASELINE, Arm, Plan
 from mosaic_core.bench.runs import Store
 from mosaic_core.bench.turns import Turns
-from mosaic_core.training import train
+from mosaic_core.plain import train
 
 DIGITS = plugins.workload("digits")
 ARMS = {

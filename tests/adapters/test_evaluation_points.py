@@ -13,7 +13,7 @@ from points_checks import EPOCHS, EVALUATIONS, RECIPES, STEPS, data, workload
 
 from mosaic_core import Run, plugins
 from mosaic_core.loop import train_steps
-from mosaic_core.training import PLAIN
+from mosaic_core.plain import PLAIN
 
 CHECKS = Path(__file__).with_name("points_checks.py")
 TRAINERS = [PLAIN.name, *plugins.adapters()]

@@ -9,7 +9,7 @@ import transformers as hf
 
 from mosaic_core import plugins
 from mosaic_core.datasets import MissingError
-from mosaic_core.training import PLAIN
+from mosaic_core.plain import PLAIN
 from mosaic_hf import _reuters
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n\n"

@@ -7,7 +7,7 @@ import pytest
 from mosaic_core import Algorithm, Need, Recipe, UnsupportedError
 from mosaic_core.adapter import Adapter, Mode
 from mosaic_core.algorithms import EMA, SAM, BlurPool, MixUp, NoOp
-from mosaic_core.training import PLAIN
+from mosaic_core.plain import PLAIN
 
 FP32 = Mode("fp32")
 SHARDED = Mode("ZeRO-3", withheld=frozenset({Need.SECOND_PASS, Need.WEIGHTS}), options={"stage": 3})

@@ -15,7 +15,8 @@ from mosaic_core.bench.controls import Sleep
 from mosaic_core.bench.plan import BASELINE, Arm, Plan
 from mosaic_core.bench.runs import Record, Store
 from mosaic_core.bench.turns import Turns
-from mosaic_core.training import Evaluation, History, train
+from mosaic_core.plain import train
+from mosaic_core.training import Evaluation, History
 from mosaic_core.workloads import WORKLOADS
 
 DIGITS = next(w for w in WORKLOADS if w.name == "digits")

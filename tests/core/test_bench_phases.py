@@ -15,10 +15,10 @@ from mosaic_core import LossError, Recipe, Run
 from mosaic_core.algorithms import SAM, MixUp
 from mosaic_core.bench import phases
 from mosaic_core.loop import train_steps
+from mosaic_core.plain import train
 from mosaic_core.second_pass import SecondPass
-from mosaic_core.training import train
 
-WARM_UP = phases._WARM_UP
+WARM_UP = phases.WARM_UP
 
 
 def loop(body, of=timed.SGD, model=Net):

@@ -6,7 +6,7 @@ from mosaic_core import Recipe
 from mosaic_core.algorithms import SWA, SelectiveBackprop
 from mosaic_core.bench.phases import PHASES
 from mosaic_core.bench.probe import probe
-from mosaic_core.training import train
+from mosaic_core.plain import train
 from mosaic_core.workloads import WORKLOADS
 
 DIGITS = next(w for w in WORKLOADS if w.name == "digits")

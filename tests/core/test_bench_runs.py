@@ -122,7 +122,7 @@ sys.path.insert(0, str(Path({tests!r})))
 from test_bench_runs import DIGITS, job
 from mosaic_core.bench.runs import Store, complete
 from mosaic_core.bench.turns import Turns
-from mosaic_core.training import train
+from mosaic_core.plain import train
 print("begins", flush=True)
 with Turns(DIGITS, train, turn=5) as turns:
     for pair in ((0, 1), (2, 3)):

@@ -9,9 +9,9 @@ import pytest
 from mosaic_core import Recipe
 from mosaic_core.algorithms import EMA, SAM
 from mosaic_core.bench.runs import Job
-from mosaic_core.bench.turns import Trainee, Turns, runner
+from mosaic_core.bench.turns import Trainee, Turns
 from mosaic_core.datasets import MissingError
-from mosaic_core.training import train
+from mosaic_core.plain import train
 from mosaic_core.workloads import WORKLOADS
 
 DIGITS = next(w for w in WORKLOADS if w.name == "digits")
@@ -70,8 +70,11 @@ def test_one_that_is_shorter_ends_and_the_others_go_on():
 
 def test_what_goes_wrong_in_a_process_is_raised_here():
     unknown = dataclasses.replace(job(), recipe="[NoSuchThing]")
-    with Turns(DIGITS, train) as turns, pytest.raises(LookupError, match="NoSuchThing"):
-        list(turns([job(), unknown]))
+    with Turns(DIGITS, train) as turns:
+        with pytest.raises(LookupError, match="NoSuchThing"):
+            list(turns([job(), unknown]))
+        (record,) = turns([job()])  # by a process that was not in the middle of something
+    assert record.turns == (job().file,)
     missing = dataclasses.replace(DIGITS, load=nothing)
     with Turns(missing, train) as turns, pytest.raises(MissingError, match="get it there"):
         list(turns([job()]))
@@ -99,7 +102,7 @@ def test_bad_turns(workload, options, match):
 
 def test_without_turns_runs_follow_each_other():
     seen = []
-    with runner(DIGITS, train, None, lambda of, *_: seen.append(of.seed), turn=0) as perform:
-        records = list(perform([job(0), job(1)]))
+    perform = Trainee(DIGITS, train, report=lambda of, *_: seen.append(of.seed))
+    records = list(perform([job(0), job(1)]))
     assert seen == [0] * 16 + [1] * 16
     assert [record.turns for record in records] == [(), ()]

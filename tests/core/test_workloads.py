@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mosaic_core import Recipe, agreement, datasets, plugins, texts
 from mosaic_core.algorithms import EMA, LabelSmoothing
-from mosaic_core.training import PLAIN, Recorder
+from mosaic_core.plain import PLAIN
+from mosaic_core.training import Recorder
 from mosaic_core.workloads import DEMO_RECIPE
 
 
@@ -205,7 +206,7 @@ def test_distance_is_relative_and_of_the_same_names():
 
 
 def test_a_trainer_that_fails_says_why(monkeypatch):
-    broken = dataclasses.replace(PLAIN, title="Broken", trainer="mosaic_core.training:nothing")
+    broken = dataclasses.replace(PLAIN, title="Broken", trainer="mosaic_core.plain:nothing")
     options = {"seed": 0, "epochs": 1, "data_dir": None, "console": Console(file=StringIO())}
     with pytest.raises(RuntimeError, match=r"Broken failed: AttributeError.*nothing"):
         agreement.train_all([broken], plugins.workload("digits"), Recipe(), **options)

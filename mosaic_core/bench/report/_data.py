@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from mosaic_core.bench.comparison import Comparison
 from mosaic_core.bench.runs import Record
-from mosaic_core.training import Evaluation
 
 FINDINGS = ("faster", "slower", "less accurate", "cannot tell")
 
@@ -25,19 +24,6 @@ def ranked(comparison: Comparison) -> list[str]:
     """Return the recipes by their speed-up in seconds, the fastest first."""
     verdicts = comparison.verdicts
     return sorted(verdicts, key=lambda arm: -verdicts[arm].seconds.ratio.estimate)
-
-
-def mean_curve(records: Sequence[Record]) -> list[Evaluation]:
-    """Return the evaluations averaged over the seeds, as far as every run has them."""
-    return [
-        Evaluation(
-            step=same[0].step,
-            epoch=same[0].epoch,
-            seconds=statistics.mean(point.seconds for point in same),
-            accuracy=statistics.mean(point.accuracy for point in same),
-        )
-        for same in zip(*(record.evaluations for record in records), strict=False)
-    ]
 
 
 def memory(records: Sequence[Record]) -> float | None:

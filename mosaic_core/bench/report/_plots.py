@@ -10,11 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mosaic_core.bench.report._data import mean_curve
 from mosaic_core.bench.report._text import escape
 from mosaic_core.bench.runs import Record
 from mosaic_core.datasets import MissingError
-from mosaic_core.training import Evaluation
+from mosaic_core.training import Evaluation, mean_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +83,13 @@ def curves(
     for colour, records in arms.items():
         for record in records:
             _curve(ax, record.evaluations, clock, lw=0.6, alpha=0.35, color=COLOURS[colour])
-        _curve(ax, mean_curve(records), clock, lw=1.8, color=COLOURS[colour])
+        _curve(
+            ax,
+            mean_curve(record.evaluations for record in records),
+            clock,
+            lw=1.8,
+            color=COLOURS[colour],
+        )
     ax.axhline(100 * target, color=COLOURS["ink"], lw=0.8, ls=(0, (1, 2)), zorder=1.5)
     for colour, records in arms.items():
         firsts = (next((e for e in r.evaluations if e.accuracy >= target), None) for r in records)
