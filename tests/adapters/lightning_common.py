@@ -1,7 +1,6 @@
 """A module, data and the two ways to train them, shared by the Lightning tests."""
 
 import itertools
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mosaic_core import Algorithm, Place, Run
+from mosaic_core import Run
 from mosaic_core.algorithms import EMA, BlurPool, LabelSmoothing, MixUp
 from mosaic_core.loop import train_steps
 from mosaic_lightning import MosaicCallback
@@ -59,31 +58,6 @@ class Batches:
 
 def recipe():
     return [EMA("2ba"), LabelSmoothing(0.1), MixUp(0.4), BlurPool()]
-
-
-@dataclass(frozen=True)
-class TwoPass(Algorithm):
-    """The smallest two-pass algorithm: the gradient a step of length rho uphill."""
-
-    rho: float = 0.05
-    place = Place.GRADIENTS
-
-    def init_state(self, run):
-        return {}
-
-    @torch.no_grad()
-    def on_first_pass(self, run):
-        fragments = [f for f in run.parameters.fragments() if run.parameters.grad(f) is not None]
-        norm = torch.stack([run.parameters.grad(f).norm() for f in fragments]).norm()
-        for fragment in fragments:
-            run.state(self)[fragment.name] = fragment.master.clone()
-            fragment.master.add_(run.parameters.grad(fragment) * (self.rho / norm))
-
-    @torch.no_grad()
-    def on_second_pass(self, run):
-        for fragment in run.parameters.fragments():
-            if fragment.name in run.state(self):
-                fragment.master.copy_(run.state(self)[fragment.name])
 
 
 def module_class(pl):

@@ -4,13 +4,14 @@ import sys
 
 import pytorch_lightning as pl
 import torch
-from lightning_common import STEPS, TwoPass, clone, data, module_class, recipe, trainer
+from lightning_common import STEPS, clone, data, module_class, recipe, trainer
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from mosaic_core.algorithms import SAM
 from mosaic_lightning import MosaicCallback
 
 BATCH = 4
-RECIPES = {"one pass": recipe(), "two passes": [*recipe(), TwoPass()]}
+RECIPES = {"one pass": recipe(), "two passes": [*recipe(), SAM()]}
 
 
 def shard(rank, examples=160):

@@ -16,6 +16,7 @@ from torch import nn
 from mosaic_core import plugins, training
 from mosaic_core.algorithms import EMA, LAWA, SAM, BlurPool, MixUp
 from mosaic_core.datasets import Data
+from mosaic_core.plain import PLAIN
 from mosaic_core.testing._network import examples, network
 from mosaic_core.workloads import Workload
 
@@ -75,7 +76,7 @@ if __name__ == "__main__":
     name, answer = sys.argv[1:]
     warnings.simplefilter("ignore")  # of what fastai does when it is imported
     torch.set_num_threads(1)
-    adapter = training.PLAIN if name == training.PLAIN.name else plugins.adapter(name)
+    adapter = PLAIN if name == PLAIN.name else plugins.adapter(name)
     train = adapter.load("trainer")
     training.time = SimpleNamespace(perf_counter=lambda: Ticking.now)
     found = {

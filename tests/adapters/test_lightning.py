@@ -13,7 +13,6 @@ import yaml
 from lightning_common import (
     STEPS,
     Batches,
-    TwoPass,
     clone,
     difference,
     loader,
@@ -27,7 +26,7 @@ from lightning_ddp import RECIPES, shard
 from timed import check_trainer
 
 from mosaic_core import Recipe, Run
-from mosaic_core.algorithms import EMA, Backdrop, BlurPool, MixUp, NoOp
+from mosaic_core.algorithms import EMA, SAM, Backdrop, BlurPool, MixUp, NoOp
 from mosaic_lightning import MosaicCallback
 from mosaic_lightning._workload import train
 
@@ -67,7 +66,7 @@ def half(pl, scale):
 # torch says so where the very first step overflows, with a schedule and without mosaic alike.
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("algorithms", [recipe(), [*recipe(), TwoPass()]], ids=["one", "two"])
+@pytest.mark.parametrize("algorithms", [recipe(), [*recipe(), SAM()]], ids=["one", "two"])
 def test_fp16_with_a_scaler_that_overflows_first(pl, algorithms, accumulate):
     lightning, plain = half(pl, 2.0**22)
     result = train_lightning(
@@ -108,7 +107,7 @@ def test_steps_that_the_scaler_skips_do_not_enter_the_average(pl):
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_passes(pl, optimizer, lightning, plain):
-    algorithms = [*recipe(), TwoPass()]
+    algorithms = [*recipe(), SAM()]
     options = {"batch_size": 4, "optimizer": optimizer}
     result = train_lightning(pl, algorithms, **options, **lightning)
     expected = train_plain(pl, algorithms, **options, **plain)
@@ -134,7 +133,7 @@ def test_the_second_pass_leaves_no_trace_in_logs_and_metrics(pl):
             return super().training_step(batch, batch_idx)
 
     module = Module()
-    fit = trainer(pl, [MosaicCallback([TwoPass()])], max_epochs=1, accumulate_grad_batches=2)
+    fit = trainer(pl, [MosaicCallback([SAM()])], max_epochs=1, accumulate_grad_batches=2)
     fit.fit(module, loader())
     assert fit.callback_metrics["count"] == 160
     assert_nothing_shadowed(module)
@@ -492,11 +491,11 @@ def test_lightnings_own_averaging_beside_ours_is_refused(pl):
 def test_two_pass_algorithms_need_automatic_optimisation(pl):
     module = module_class(pl)()
     module.automatic_optimization = False
-    match = "TwoPass runs a training step another time.*automatic_optimization = True"
-    refused(pl, match, [MosaicCallback([TwoPass()])], module)
+    match = "SAM runs a training step another time.*automatic_optimization = True"
+    refused(pl, match, [MosaicCallback([SAM()])], module)
 
 
-@pytest.mark.parametrize("algorithm", [NoOp(), TwoPass()], ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", [NoOp(), SAM()], ids=lambda a: a.name)
 def test_gradients_that_only_the_optimizer_unscales_are_refused(pl, algorithm):
     class Module(module_class(pl)):
         def configure_optimizers(self):
@@ -726,7 +725,7 @@ def hand_averaged(pl, algorithms, accumulate=2):
         options = {"total_steps": STEPS, "seed": 3, "rank": rank, "world_size": 2}
         run = Run(algorithms, model=module, optimizer=optimizer, **options)
         replicas.append((run, module, optimizer, scheduler))
-    two_pass = [a for a in algorithms if isinstance(a, TwoPass)]
+    two_pass = [a for a in algorithms if isinstance(a, SAM)]
     streams = [itertools.cycle(shard(rank)) for rank in (0, 1)]
 
     def backward(windows):
