@@ -68,6 +68,7 @@ def _compare(
         int,
         typer.Option(min=0, help="Trials to tune each arm with first, at least 5; 0 for none."),
     ] = 0,
+    tuning_seeds: Annotated[int, typer.Option(min=1, help="Seeds of each trial.")] = 3,
     share_tuning: Annotated[
         bool,
         typer.Option(
@@ -148,7 +149,7 @@ def _compare(
         if not as_json:
             console.print(f"{chosen.name} with {trainer_text(adapter)}, {seeds} seeds")
         what = (chosen, adapter.load("trainer"), data_dir)
-        trials = (tune + 1) * (1 if share_tuning else len(arms)) if tune else 0
+        trials = (tune + 1) * tuning_seeds * (1 if share_tuning else len(arms)) if tune else 0
         with (
             display(console, trials + len(arms) * seeds, as_json=as_json) as shown,
             Turns(*what, shown.step, turn=turn, plugins=plugin or ())
@@ -161,6 +162,7 @@ def _compare(
                     perform,
                     Store(output / "runs"),
                     trials=tune,
+                    tuning_seeds=tuning_seeds,
                     shared=share_tuning,
                     done=shown.done,
                 )

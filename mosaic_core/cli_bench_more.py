@@ -107,12 +107,12 @@ def bench_controls(
 
         plugins.load(controls.__name__)
         adapter, chosen, console = trainer_named(trainer), plugins.workload(workload), Console()
-        train, runs = adapter.load("trainer"), 4 * controls.seeds_of(comparisons)
+        train, runs = adapter.load("trainer"), controls.runs_of(comparisons)
         with (
             display(console, runs) as shown,
             Turns(chosen, train, data_dir, shown.step, plugins=(controls.__name__,)) as perform,
         ):
-            results = controls.run(
+            results, trials = controls.run(
                 chosen,
                 adapter.name,
                 perform,
@@ -121,7 +121,7 @@ def bench_controls(
                 epochs=epochs,
                 done=shown.done,
             )
-        text = controls.to_json(results, chosen, adapter.name, epochs)
+        text = controls.to_json(results, trials, chosen, adapter.name, epochs)
         (output / "controls.json").write_text(text, encoding="utf-8")
         table = Table("control", "found", title=f"{chosen.name} with {trainer_text(adapter)}")
         for column in ("seeds", "right", "at least", "passed"):

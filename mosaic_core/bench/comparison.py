@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from mosaic_core.bench.censoring import Outcome, auto_target, time_to_target
 from mosaic_core.bench.plan import Plan
 from mosaic_core.bench.runs import Record, Runner, Store, complete
-from mosaic_core.bench.tuning import Trial, tune
+from mosaic_core.bench.tuning import SEEDS, Trial, tune
 from mosaic_core.bench.verdict import Verdict, judge_all
 
 __all__ = ["Comparison", "compare"]
@@ -59,6 +59,7 @@ def compare(
     store: Store,
     *,
     trials: int = 0,
+    tuning_seeds: int = SEEDS,
     shared: bool = False,
     done: Callable[[Record], None] | None = None,
 ) -> Comparison:
@@ -69,12 +70,15 @@ def compare(
         runner: Does the runs of all arms on one seed.
         store: Where the runs are.
         trials: Points that every arm is tuned with first; 0 for no tuning.
+        tuning_seeds: Runs of each of them.
         shared: Whether only the baseline is tuned, and its settings go to all arms.
         done: Called with every record, of a run that was done before as of one done now.
     """
     tried: dict[str, list[Trial]] = {}
     if trials:
-        plan, tried = tune(plan, trials, runner, store, shared=shared, done=done)
+        plan, tried = tune(
+            plan, trials, runner, store, seeds=tuning_seeds, shared=shared, done=done
+        )
     records: dict[str, list[Record]] = {arm: [] for arm in plan.arms}
     for seed in plan.seeds:
         jobs = plan.jobs(seed)

@@ -2,7 +2,8 @@
 
 - A recipe against itself: 1 must lie in the interval, but for one time in twenty.
 - An algorithm that waits for 5 % of each step: it must be found slower.
-- Half the learning rate, which mosaic takes no part in: it must not be found faster.
+- Half the learning rate, which mosaic takes no part in: it must not be found faster than the rate
+  that tuning found. An untuned baseline may well be slower than half its rate, and the tool right.
 
 This module is a plugin, which the processes of the runs load.
 """
@@ -11,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from mosaic_core.algorithm import Algorithm, Card, Place
@@ -19,6 +20,7 @@ from mosaic_core.batch import Batch
 from mosaic_core.bench.comparison import compare
 from mosaic_core.bench.plan import BASELINE, Arm, Plan
 from mosaic_core.bench.runs import Record, Runner, Store, complete, environment
+from mosaic_core.bench.tuning import Trial, tune
 from mosaic_core.plugins import hookimpl
 from mosaic_core.recipe import Recipe
 from mosaic_core.workloads import Workload
@@ -33,11 +35,13 @@ __all__ = [
     "controls",
     "mosaic_algorithms",
     "run",
+    "runs_of",
     "seeds_of",
     "to_json",
 ]
 
 _FEWEST, _MOST = 6, 12  # seeds of one comparison
+_TRIALS, _TUNING_SEEDS = 8, 8  # accuracies differ less between rates than between seeds
 
 
 @dataclass
@@ -140,19 +144,20 @@ class Result:
         return self.right >= self.least
 
 
-def controls(workload: Workload, epochs: int) -> dict[str, Control]:
+def controls(baseline: Arm, learning_rate: float) -> dict[str, Control]:
     """Return the controls by name.
 
     Args:
-        workload: What is trained.
-        epochs: Length of a run.
+        baseline: What each is compared with, tuned.
+        learning_rate: Its learning rate.
     """
-    half = {"learning_rate": workload.learning_rate / 2}
+    half = {**baseline.settings, "learning_rate": learning_rate / 2}
+    sleeper = replace(baseline, recipe=Recipe([Sleep()]))
     return {
-        "itself": Control(Arm(Recipe(), epochs), _FEWEST, frozenset({"cannot tell"}), 0.9),
-        "sleeper": Control(Arm(Recipe([Sleep()]), epochs), _MOST, frozenset({"slower"}), 0.8),
+        "itself": Control(baseline, _FEWEST, frozenset({"cannot tell"}), 0.9),
+        "sleeper": Control(sleeper, _MOST, frozenset({"slower"}), 0.8),
         "half the learning rate": Control(
-            Arm(Recipe(), epochs, half),
+            replace(baseline, settings=half),
             _MOST,
             frozenset({"cannot tell", "less accurate", "slower"}),
             0.9,
@@ -169,8 +174,8 @@ def run(
     comparisons: int,
     epochs: int,
     done: Callable[[Record], None] | None = None,
-) -> dict[str, Result]:
-    """Make each control's comparisons, no two of which share a seed.
+) -> tuple[dict[str, Result], list[Trial]]:
+    """Tune the baseline and make each control's comparisons, no two of which share a seed.
 
     Args:
         workload: What is trained.
@@ -181,9 +186,15 @@ def run(
             others make as many as these seeds are enough for, at least one.
         epochs: Length of a run.
         done: Called with every record.
+
+    Returns:
+        What each control showed, and what tuning tried.
     """
-    known = controls(workload, epochs)
-    baseline = Arm(Recipe(), epochs)
+    untuned = Arm(Recipe(), epochs)
+    plan = Plan(workload, trainer, {BASELINE: untuned, "itself": untuned}, range(1))
+    plan, trials = tune(plan, _TRIALS, runner, store, seeds=_TUNING_SEEDS, shared=True, done=done)
+    baseline = plan.arms[BASELINE]
+    known = controls(baseline, baseline.settings.get("learning_rate", workload.learning_rate))
     every = {BASELINE: baseline, **{name: control.arm for name, control in known.items()}}
     seeds = range(seeds_of(comparisons))
     for seed in seeds:  # all arms together, so that they take turns
@@ -201,21 +212,33 @@ def run(
         right = sum(found[answer] for answer in control.answers) / len(verdicts)
         speedups = [verdict.seconds.ratio.estimate for verdict in verdicts]
         results[name] = Result(control.seeds, dict(found), right, control.least, speedups)
-    return results
+    return results, trials[BASELINE]
 
 
 def seeds_of(comparisons: int) -> int:
-    """Return how many seeds :func:`run` takes; it does four runs on each."""
+    """Return how many seeds the comparisons of :func:`run` take."""
     return max(_FEWEST * comparisons, _MOST)
 
 
-def to_json(results: Mapping[str, Result], workload: Workload, trainer: str, epochs: int) -> str:
+def runs_of(comparisons: int) -> int:
+    """Return how many runs :func:`run` takes: of tuning, and four on each seed."""
+    return (_TRIALS + 1) * _TUNING_SEEDS + 4 * seeds_of(comparisons)
+
+
+def to_json(
+    results: Mapping[str, Result],
+    trials: Sequence[Trial],
+    workload: Workload,
+    trainer: str,
+    epochs: int,
+) -> str:
     """Return what the controls showed, and where."""
     data = {
         "workload": workload.name,
         "trainer": trainer,
         "epochs": epochs,
         "environment": environment(),
+        "trials": [asdict(trial) for trial in trials],
         "controls": {name: asdict(result) for name, result in results.items()},
     }
     return json.dumps(data, indent=1) + "\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,13 @@ from torch.quasirandom import SobolEngine
 from mosaic_core.bench.plan import Plan
 from mosaic_core.bench.runs import Record, Runner, Store, complete
 
-__all__ = ["TUNING_SEED", "Trial", "points", "tune"]
+__all__ = ["SEEDS", "TUNING_SEED", "Trial", "points", "tune"]
 
 TUNING_SEED = 1_000_000
-"""Seed of all trials; comparisons count theirs from 0."""
+"""First seed of all trials; comparisons count theirs from 0."""
+
+SEEDS = 3
+"""Seeds of a trial, unless told otherwise: of one alone, the luckiest point would win."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Trial:
 
     Attributes:
         settings: The point.
-        accuracy: Final accuracy.
+        accuracy: Mean of the final accuracies.
+        seeds: How many runs that is the mean of.
     """
 
     settings: Mapping[str, Any]
     accuracy: float
+    seeds: int
 
 
 def points(space: Mapping[str, tuple[float, float]], count: int) -> list[dict[str, float]]:
@@ -68,6 +74,7 @@ def tune(
     runner: Runner,
     store: Store,
     *,
+    seeds: int = SEEDS,
     shared: bool = False,
     done: Callable[[Record], None] | None = None,
 ) -> tuple[Plan, dict[str, list[Trial]]]:
@@ -78,19 +85,22 @@ def tune(
         count: Trials beside the workload's own settings, at points of its search space.
         runner: Does the runs.
         store: Where they are.
+        seeds: Runs of each trial, at least 1.
         shared: Whether only the baseline has trials, and its settings go to all arms: one that
             needs others is then at a disadvantage.
         done: Called with every record.
 
     Returns:
         The plan with tuned settings, and the trials of each arm; the best is the one of the
-        highest final accuracy, the first of several.
+        highest mean accuracy, the first of several.
 
     Raises:
-        ValueError: If ``count`` is below 5, which tell too little.
+        ValueError: If ``count`` is below 5, which tell too little, or ``seeds`` below 1.
     """
     if count < 5:
         raise ValueError(f"tune: count must be at least 5, got {count}")
+    if seeds < 1:
+        raise ValueError(f"tune: seeds must be at least 1, got {seeds}")
     names = [plan.baseline] if shared else list(plan.arms)
     trials: dict[str, list[Trial]] = {name: [] for name in names}
     settings: list[dict[str, float]] = [{}, *points(plan.workload.search_space, count)]
@@ -99,10 +109,14 @@ def tune(
             name: dataclasses.replace(arm, settings={**arm.settings, **point})
             for name, arm in plan.arms.items()
         }
-        jobs = dataclasses.replace(plan, arms=arms).jobs(TUNING_SEED)
-        records = complete([jobs[name] for name in names], runner, store, done)
-        for name, record in zip(names, records, strict=True):
-            trials[name].append(Trial(point, record.final_accuracy))
+        finals: dict[str, list[float]] = {name: [] for name in names}
+        for seed in range(TUNING_SEED, TUNING_SEED + seeds):
+            jobs = dataclasses.replace(plan, arms=arms).jobs(seed)
+            records = complete([jobs[name] for name in names], runner, store, done)
+            for name, record in zip(names, records, strict=True):
+                finals[name].append(record.final_accuracy)
+        for name, of in finals.items():
+            trials[name].append(Trial(point, statistics.fmean(of), seeds))
     best = {name: max(of, key=lambda trial: trial.accuracy).settings for name, of in trials.items()}
     arms = {
         name: dataclasses.replace(

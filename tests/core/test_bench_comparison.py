@@ -154,8 +154,36 @@ def test_each_arm_gets_its_best_settings_after_as_many_trials(tmp_path):
     assert best != 0.1
     for records in result.records.values():
         assert {record.job.settings["learning_rate"] for record in records} == {best}
-        assert TUNING_SEED not in {record.job.seed for record in records}
-    assert fake.order[0] == [(name, TUNING_SEED) for name in ("none", "MixUp", "SAM")]
+        assert {record.job.seed for record in records} == set(plan().seeds)
+    assert fake.order[:3] == [
+        [(name, TUNING_SEED + n) for name in ("none", "MixUp", "SAM")] for n in range(3)
+    ]
+
+
+def test_a_trial_is_the_mean_over_its_seeds(tmp_path):
+    class Lucky(Fake):
+        """One point does well on one seed, and badly on the others."""
+
+        def __call__(self, jobs):
+            for record in super().__call__(jobs):
+                job, last = record.job, record.evaluations[-1]
+                accuracy = 0.5
+                if job.settings["learning_rate"] == lucky:
+                    accuracy = 0.9 if job.seed == TUNING_SEED else 0.2
+                points = (dataclasses.replace(last, accuracy=accuracy),)
+                yield Record.of(job, History(points, record.ms_per_step, {}))
+
+    lucky = points(DIGITS.search_space, 5)[1]["learning_rate"]
+
+    def tuned(folder, **options):
+        result = run(plan(target=0.5), Lucky(), tmp_path / folder, trials=5, **options)
+        trial = next(t for t in result.trials[BASELINE] if t.settings.get("learning_rate") == lucky)
+        return trial, result.plan.arms[BASELINE].settings
+
+    trial, settings = tuned("one", tuning_seeds=1)
+    assert (trial.accuracy, trial.seeds, settings) == (0.9, 1, {"learning_rate": lucky})
+    trial, settings = tuned("more")
+    assert (trial.accuracy, trial.seeds, settings) == (pytest.approx(1.3 / 3), 3, {})
 
 
 def test_tuning_that_is_shared_is_the_baselines(tmp_path):
@@ -169,6 +197,8 @@ def test_tuning_that_is_shared_is_the_baselines(tmp_path):
 def test_few_trials_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tune: count must be at least 5, got 4"):
         run(plan(), Fake(), tmp_path, trials=4)
+    with pytest.raises(ValueError, match="tune: seeds must be at least 1, got 0"):
+        run(plan(), Fake(), tmp_path, trials=5, tuning_seeds=0)
 
 
 def test_an_ablation_has_each_alone_and_all_but_each():

@@ -256,13 +256,15 @@ def _trials(comparison: Comparison) -> str:
     if not comparison.trials:
         return ""
     tuned, plan = list(comparison.trials), comparison.plan
+    (seeds,) = {trial.seeds for trials in comparison.trials.values() for trial in trials}
+    runs = "one run, on a seed" if seeds == 1 else f"the mean of {seeds} runs, on seeds"
     who = (
         f"Only {escape(plan.baseline)} was tuned, and its settings went to all arms."
         if tuned == [plan.baseline]
         else "Every arm had the same trials."
     )
     return (
-        f'<section id="tuning"><h2>Tuning</h2><p>{who} A trial is one run, on a seed that no'
+        f'<section id="tuning"><h2>Tuning</h2><p>{who} A trial is {runs} that no'
         " comparison uses. The hollow dot is the workload&rsquo;s own settings, the ring the best"
         f" trial, whose settings the runs have.</p>{tables.trials(comparison)}</section>"
     )
