@@ -38,7 +38,8 @@ def probe(
 ) -> Probe:
     """Train a workload twice, for as many epochs as its runs have, of few steps each.
 
-    So an algorithm acts in it that acts in a part of the run, or at the end of an epoch.
+    So an algorithm acts in it that acts in a part of the run, or at the end of an epoch. One that
+    is refused in so few steps, as it acts every so many, gets more of them.
 
     Args:
         train: Trains it with some trainer.
@@ -46,9 +47,27 @@ def probe(
         recipe: The algorithms.
         epochs: Length of the runs.
         data_dir: Folder to look for the data first.
+
+    Raises:
+        ValueError: If the recipe is refused in a whole run too.
     """
-    short = workload.shortened(max(1, _STEPS // epochs), data_dir)
+    whole = epochs * (len(workload.load(data_dir).train_inputs) // workload.batch_size)
+    steps = _STEPS
+    while True:
+        try:
+            return _trained(train, workload, recipe, epochs, steps, data_dir)
+        except ValueError:
+            if steps >= whole:
+                raise
+            steps = min(4 * steps, whole)
+
+
+def _trained(
+    train: Train, workload: Workload, recipe: Recipe, epochs: int, steps: int, data_dir: Path | None
+) -> Probe:
+    short = workload.shortened(max(1, steps // epochs), data_dir)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of how short these trainings are
         memory = peak_memory(lambda: train(short, recipe, epochs=epochs))
-        return Probe(memory, measure(train, workload, recipe, epochs=epochs, data_dir=data_dir))
+        phases = measure(train, workload, recipe, epochs=epochs, steps=steps, data_dir=data_dir)
+    return Probe(memory, phases)

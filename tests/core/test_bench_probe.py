@@ -36,3 +36,11 @@ def test_what_acts_late_in_a_run_acts_in_it():
     assert probe(train, DIGITS, Recipe([SWA()]), epochs=10).memory > 1.1 * plain.memory
     chosen = probe(train, DIGITS, Recipe([SelectiveBackprop(interrupt=1)]), epochs=10)
     assert chosen.phases["forward"] > 0
+
+
+def test_what_acts_every_so_many_steps_gets_as_many():
+    late = SWA(update_interval="60ba")  # of 75 steps, but not of 20
+    found = probe(train, DIGITS, Recipe([late]), epochs=5)
+    assert found.memory > probe(train, DIGITS, Recipe(), epochs=5).memory
+    with pytest.raises(ValueError, match="an update must lie between"):
+        probe(train, DIGITS, Recipe([SWA(update_interval="74ba")]), epochs=5)
